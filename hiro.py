@@ -1,0 +1,391 @@
+"""HIRO: hierarchical reinforcement learning with off-policy correction (Nachum et al. 2018).
+
+The high level says every c steps by how much the state should change (the subgoal); the low level
+is rewarded for getting there. Both learn with TD3, from replay buffers of their own.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from buffers import ReplayBuffer
+from relabel import relabel
+from td3 import TD3
+
+
+def goal_transition(state, subgoal, next_state):
+    """h(s, g, s') = s + g - s': the same place to reach, seen from s' (eq. 2, section 3.2).
+
+    state, next_state  [..., >= d]  raw states; the first d entries are used (m, m, m, quat, rad)
+    subgoal            [..., d]     desired change of state, same units
+    returns            [..., d]
+    """
+    d = subgoal.shape[-1]
+    return state[..., :d] + subgoal - next_state[..., :d]
+
+
+def intrinsic_reward(state, subgoal, next_state):
+    """Low-level reward r = -‖s + g - s'‖_2 (eq. 3, section 3.2).
+
+    state, next_state  [..., >= d]  raw states; the first d entries are used (m, m, m, quat, rad)
+    subgoal            [..., d]     desired change of state, same units
+    returns            [...]        <= 0, unscaled
+    """
+    return -((goal_transition(state, subgoal, next_state) ** 2).sum(-1) ** 0.5)
+
+
+def option(default, meaning):
+    """A hyperparameter and its line of --help."""
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass
+class HIROConfig:
+    """Hyperparameters of the agent. Defaults are --preset td3; PRESETS["paper"] is appendix C.
+
+    A noise scale is a fraction of the half-range where units is "range", and in torque, metres
+    and radians (m/s for the point) where units is "raw".
+    """
+
+    units: str = option("range", "what networks see and noise is measured in: range or raw")
+    subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)")
+    discount: float = option(0.99, "gamma: per step (low) and per c steps (high) (C.2)")
+    tau: float = option(0.005, "tau: how far targets move at a delayed update (C.2)")
+    batch_size: int = option(100, "transitions per gradient step, both levels")
+    hidden: int = option(300, "units in each of the two hidden layers (C.1)")
+    low_noise: float = option(0.2, "sigma: exploration of the low level (C.2)")
+    high_noise: float = option(0.2, "sigma: exploration of the high level (C.2)")
+    policy_noise: float = option(0.2, "std of the target policy smoothing, both levels")
+    noise_clip: float = option(0.5, "clip of the target policy smoothing, both levels")
+    policy_delay: int = option(2, "critic updates per update of actor and targets")
+    low_actor_lr: float = option(3e-4, "Adam step size (C.2)")
+    low_critic_lr: float = option(3e-4, "Adam step size (C.2)")
+    high_actor_lr: float = option(1e-4, "Adam step size (C.2)")
+    high_critic_lr: float = option(1e-3, "Adam step size (C.2)")
+    low_reward_scale: float = option(1.0, "factor on the intrinsic reward (C.2)")
+    high_reward_scale: float = option(0.1, "factor on the environment's reward (C.2)")
+    low_buffer_size: int = option(200_000, "low-level transitions kept (C.2)")
+    high_buffer_size: int = option(200_000, "high-level transitions kept (C.2)")
+    start_steps: int = option(10_000, "environment steps before the first update")
+    uniform_start: bool = option(True, "until then act uniformly at random, at both levels")
+    update_every: int = option(
+        1, "environment steps per low-level update (C.2); high: c times that"
+    )
+    correction: bool = option(True, "relabel subgoals, the off-policy correction (3.3)")
+    num_candidates: int = option(10, "candidates per relabelled subgoal, 2 fixed + random (C.3)")
+    candidate_center: float = option(1.0, "random candidates' mean, in units of s_{t+c} - s_t")
+    candidate_spread: float = option(0.5, "random candidates' std, in half-ranges (C.3)")
+
+
+PRESETS = {
+    "td3": {},
+    "paper": dict(
+        units="raw",
+        low_noise=1.0,
+        high_noise=1.0,
+        low_actor_lr=1e-4,
+        low_critic_lr=1e-3,
+        start_steps=2_500,
+        uniform_start=False,
+    ),
+}
+
+
+class Hierarchy:
+    """Both policies acting in N environments at once (section 3.1): who wants what, since when."""
+
+    def __init__(self, agent, num_envs):
+        self.agent = agent
+        self.subgoal = torch.zeros(num_envs, len(agent.subgoal_scale), device=agent.device)
+        self.clock = torch.zeros(num_envs, dtype=torch.long, device=agent.device)  # in the segment
+        self.starting = torch.ones(num_envs, dtype=torch.bool, device=agent.device)
+
+    def act(self, obs, explore, random=False):
+        """Low-level actions [N, A]; at the start of an episode the high level acts first."""
+        if self.starting.any():
+            fresh = self.agent.high_action(obs, explore, random)
+            self.subgoal = torch.where(self.starting[:, None], fresh, self.subgoal)
+            self.starting = torch.zeros_like(self.starting)
+        return self.agent.low_action(obs, self.subgoal, explore, random)
+
+    def advance(self, obs, next_obs, done, explore, random=False):
+        """The next subgoals g_{t+1} [N, d]: h within a segment, a fresh one every c steps.
+
+        This runs after the step and before anything is stored, so the g_{t+1} that is stored is
+        the one that is acted on.
+        """
+        self.clock = (self.clock + 1) % self.agent.config.subgoal_steps
+        self.subgoal = goal_transition(obs, self.subgoal, next_obs)
+        boundary = self.clock == 0
+        if boundary.any():
+            fresh = self.agent.high_action(next_obs, explore, random)
+            self.subgoal = torch.where(boundary[:, None], fresh, self.subgoal)
+        self.clock = self.clock.masked_fill(done, 0)
+        self.starting = done.clone()  # a new episode must not inherit the old one's subgoal
+        return self.subgoal
+
+    PARTS = ("subgoal", "clock", "starting")
+
+    def state_dict(self):
+        return {name: getattr(self, name).clone() for name in self.PARTS}
+
+    def load_state_dict(self, state):
+        for name in self.PARTS:
+            setattr(self, name, state[name].to(self.agent.device))
+
+
+class HIRO:
+    """The agent: two TD3 learners, their buffers, and the hierarchy that acts.
+
+    task      anything with the class attributes listed in envs.py, and an action count
+    num_envs  N, environments stepped together
+    seed      of networks, exploration and sampling
+
+    Observations, actions, rewards and flags come and go as arrays with a leading axis N.
+    """
+
+    def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
+        self.config = config = config or HIROConfig()
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.state_dim, self.low_blind = task.state_dim, task.low_blind
+        self.subgoal_scale = torch.as_tensor(task.subgoal_scale, device=self.device)
+        obs_dim, action_dim = len(task.observation_scale), task.action_dim
+        d, c = len(task.subgoal_scale), config.subgoal_steps
+
+        observation_scale = torch.as_tensor(task.observation_scale)
+        subgoal_scale = torch.as_tensor(task.subgoal_scale)
+        one = torch.ones(action_dim)
+        low_scale = torch.cat(
+            [observation_scale[self.low_blind : self.state_dim], 1 / subgoal_scale]
+        )
+        if config.units == "range":  # Differs 1: networks see numbers of order one
+            low = dict(state_scale=low_scale, action_scale=one)
+            high = dict(state_scale=observation_scale, action_scale=1 / subgoal_scale)
+            low_unit, high_unit = one, subgoal_scale  # one unit of noise
+        else:
+            low = dict(state_scale=torch.ones(len(low_scale)), action_scale=task.action_unit * one)
+            high = dict(state_scale=torch.ones(obs_dim), action_scale=torch.ones(d))
+            low_unit, high_unit = one / task.action_unit, torch.ones(d)
+
+        def learner(level, unit, actor_lr, critic_lr, max_action):
+            return TD3(
+                max_action=max_action,
+                discount=config.discount,
+                tau=config.tau,
+                policy_noise=config.policy_noise * unit,
+                noise_clip=config.noise_clip * unit,
+                policy_delay=config.policy_delay,
+                actor_lr=actor_lr,
+                critic_lr=critic_lr,
+                hidden=config.hidden,
+                generator=self.generator,
+                device=self.device,
+                **level,
+            )
+
+        with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
+            torch.manual_seed(seed)
+            self.low = learner(low, low_unit, config.low_actor_lr, config.low_critic_lr, one)
+            self.high = learner(
+                high, high_unit, config.high_actor_lr, config.high_critic_lr, subgoal_scale
+            )
+        self.low_noise = (config.low_noise * low_unit).to(self.device)
+        self.high_noise = (config.high_noise * high_unit).to(self.device)
+
+        buffer = dict(device=self.device, generator=self.generator)
+        self.low_buffer = ReplayBuffer(
+            config.low_buffer_size,
+            {
+                "state": (self.state_dim,),
+                "subgoal": (d,),
+                "action": (action_dim,),
+                "reward": (),
+                "next_state": (self.state_dim,),
+                "next_subgoal": (d,),
+                "terminated": (),
+            },
+            **buffer,
+        )
+        self.high_buffer = ReplayBuffer(
+            config.high_buffer_size,
+            {
+                "state": (obs_dim,),  # what the high level saw at t, target included
+                "subgoal": (d,),
+                "states": (c, self.state_dim),  # s_t ... s_{t+c-1}, for the relabelling
+                "actions": (c, action_dim),
+                "mask": (c,),  # 1 for steps that happened
+                "reward": (),
+                "next_state": (obs_dim,),  # at t + c
+                "terminated": (),
+            },
+            **buffer,
+        )
+        self.hierarchy = Hierarchy(self, num_envs)
+        rows = {
+            name: self.high_buffer.fields[name]
+            for name in ("state", "subgoal", "states", "actions")
+        }
+        self.segment = {  # the unfinished high-level transition of each environment
+            name: torch.zeros(num_envs, *shape, device=self.device) for name, shape in rows.items()
+        }
+        self.segment["reward"] = torch.zeros(num_envs, device=self.device)
+
+    # ------------------------------------------------------------------ acting
+
+    def low_input(self, state, subgoal):
+        """What the low level sees: the state without x and y, and the subgoal (authors' code)."""
+        return torch.cat([state[..., self.low_blind : self.state_dim], subgoal], -1)
+
+    def low_policy(self, state, subgoal):
+        """mu^lo(s, g), the callable that relabelling takes."""
+        return self.low.actor(self.low_input(state, subgoal))
+
+    @torch.no_grad()
+    def low_action(self, obs, subgoal, explore, random=False):
+        """a_t [N, A] = mu^lo(s_t, g_t) + exploration noise, clipped; or uniform if random."""
+        if random:
+            return self._uniform(len(obs), self.low.max_action)
+        return self._explore(self.low_policy(obs, subgoal), self.low, self.low_noise, explore)
+
+    @torch.no_grad()
+    def high_action(self, obs, explore, random=False):
+        """g_t [N, d] = mu^hi(s_t, target) + exploration noise, clipped; or uniform if random."""
+        if random:
+            return self._uniform(len(obs), self.high.max_action)
+        return self._explore(self.high.actor(obs), self.high, self.high_noise, explore)
+
+    def _explore(self, action, level, noise, explore):
+        if not explore:
+            return action
+        white = torch.randn(action.shape, generator=self.generator, device=self.device)
+        return (action + noise * white).clamp(-level.max_action, level.max_action)
+
+    def _uniform(self, n, half_range):
+        shape = n, len(half_range)
+        uniform = torch.rand(shape, generator=self.generator, device=self.device)
+        return half_range * (2 * uniform - 1)
+
+    def tensor(self, array, dtype=torch.float32):
+        return torch.as_tensor(array, dtype=dtype, device=self.device)
+
+    def act(self, obs, explore=True, random=False):
+        """Actions for the environments, [N, A] in [-1, 1], as a numpy array.
+
+        obs      [N, obs]  random  ignore the policies and act uniformly (the first start_steps)
+        """
+        return self.hierarchy.act(self.tensor(obs), explore, random).cpu().numpy()
+
+    # ------------------------------------------------------------------ remembering
+
+    def observe(self, obs, action, reward, next_obs, terminated, truncated, random=False):
+        """Store one step of every environment in both buffers (section 3.1).
+
+        obs, next_obs [N, obs]; action [N, A]; reward, terminated, truncated [N]. next_obs is the
+        true successor, not the first observation of the next episode. random is act()'s.
+        """
+        obs, action, reward = self.tensor(obs), self.tensor(action), self.tensor(reward)
+        next_obs, terminated = self.tensor(next_obs), self.tensor(terminated)
+        done = self.tensor(truncated, torch.bool) | terminated.bool()
+        state, next_state = obs[:, : self.state_dim], next_obs[:, : self.state_dim]
+        subgoal, clock = self.hierarchy.subgoal, self.hierarchy.clock
+
+        segment, first = self.segment, clock == 0
+        env = torch.arange(len(obs), device=self.device)
+        segment["states"][env, clock] = state
+        segment["actions"][env, clock] = action
+        segment["state"] = torch.where(first[:, None], obs, segment["state"])
+        segment["subgoal"] = torch.where(first[:, None], subgoal, segment["subgoal"])
+        segment["reward"] = torch.where(first, reward, segment["reward"] + reward)
+
+        next_subgoal = self.hierarchy.advance(obs, next_obs, done, explore=True, random=random)
+        self.low_buffer.add(
+            state=state,
+            subgoal=subgoal,
+            action=action,
+            reward=self.config.low_reward_scale * intrinsic_reward(state, subgoal, next_state),
+            next_state=next_state,
+            next_subgoal=next_subgoal,
+            terminated=terminated,
+        )
+        ended = self.hierarchy.clock == 0  # a full segment, or the end of the episode
+        if ended.any():
+            steps = torch.arange(self.config.subgoal_steps, device=self.device)
+            mask = (steps <= clock[ended, None]).float()
+            self.high_buffer.add(
+                state=segment["state"][ended],
+                subgoal=segment["subgoal"][ended],
+                states=segment["states"][ended] * mask[..., None],
+                actions=segment["actions"][ended] * mask[..., None],
+                mask=mask,
+                reward=self.config.high_reward_scale * segment["reward"][ended],
+                next_state=next_obs[ended],
+                terminated=terminated[ended],
+            )
+
+    # ------------------------------------------------------------------ learning
+
+    def update_low(self):
+        """One TD3 step of the low level; returns its metrics."""
+        batch = self.low_buffer.sample(self.config.batch_size)
+        batch["state"] = self.low_input(batch["state"], batch["subgoal"])
+        batch["next_state"] = self.low_input(batch["next_state"], batch["next_subgoal"])
+        return self.low.update(batch)
+
+    def update_high(self):
+        """Relabel a batch with today's low level, then one TD3 step of the high level (3.3)."""
+        batch = self.high_buffer.sample(self.config.batch_size)
+        metrics = {}
+        if self.config.correction:
+            batch["subgoal"], index = self.correct(batch)
+            chosen = torch.bincount(index, minlength=self.config.num_candidates)
+            metrics["chosen"] = chosen / len(index)
+        batch["action"] = batch["subgoal"]
+        return {**self.high.update(batch), **metrics}
+
+    def correct(self, batch):
+        """The off-policy correction on a sampled high-level batch: subgoal [B, d], index [B]."""
+        # bfloat16 products: only the best of ten likelihoods is asked for
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return relabel(
+                self.low_policy,
+                batch["states"],
+                batch["actions"],
+                batch["subgoal"],
+                batch["next_state"],
+                self.subgoal_scale,
+                mask=batch["mask"],
+                num_random=self.config.num_candidates - 2,
+                center=self.config.candidate_center,
+                spread=self.config.candidate_spread,
+                generator=self.generator,
+            )
+
+    # ------------------------------------------------------------------ saving
+
+    PARTS = ("low", "high", "low_buffer", "high_buffer", "hierarchy")
+
+    def state_dict(self):
+        """All that the future of training depends on, as tensors and plain numbers."""
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        segment = {name: part.clone() for name, part in self.segment.items()}
+        return {**parts, "segment": segment, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.segment = {name: part.to(self.device) for name, part in state["segment"].items()}
+        self.generator.set_state(state["generator"].cpu())
+
+    def policy_dict(self):
+        """The two actors alone: what evaluation needs."""
+        return {
+            level: {
+                name: part.clone() for name, part in getattr(self, level).actor.state_dict().items()
+            }
+            for level in ("low", "high")
+        }
+
+    def load_policy_dict(self, policy):
+        self.low.actor.load_state_dict(policy["low"])
+        self.high.actor.load_state_dict(policy["high"])

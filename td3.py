@@ -1,0 +1,181 @@
+"""TD3: twin delayed deep deterministic policy gradient (Fujimoto, van Hoof, Meger 2018).
+
+HIRO trains both of its levels with this algorithm (section 2.1). Nothing here knows of goals:
+states, actions and rewards are tensors with a leading batch dimension.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def mlp(inputs, outputs, hidden):
+    """Two hidden ReLU layers (C.1), initialised as in the authors' code.
+
+    hidden weights U(±1/sqrt(fan_in)), output weights U(±.003), all biases 0
+    """
+    layers = [nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)]
+    for layer in layers:
+        bound = 0.003 if layer is layers[-1] else layer.in_features**-0.5
+        nn.init.uniform_(layer.weight, -bound, bound)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+
+
+class Actor(nn.Module):
+    """Deterministic policy: state -> max_action * tanh(net(state)).
+
+    max_action   [A]  half-range of each action dimension
+    state_scale  [S]  factor on each network input; 1 shows the network raw numbers
+    """
+
+    def __init__(self, max_action, state_scale, hidden=300):
+        super().__init__()
+        self.register_buffer("max_action", torch.as_tensor(max_action, dtype=torch.float32))
+        self.register_buffer("state_scale", torch.as_tensor(state_scale, dtype=torch.float32))
+        self.net = mlp(len(self.state_scale), len(self.max_action), hidden)
+
+    def forward(self, state):
+        return self.max_action * torch.tanh(self.net(state * self.state_scale))
+
+
+class Critic(nn.Module):
+    """Two independent action values: (state, action) -> q1 [B], q2 [B].
+
+    state_scale [S], action_scale [A]  factors on the network inputs
+    """
+
+    def __init__(self, state_scale, action_scale, hidden=300):
+        super().__init__()
+        scale = [torch.as_tensor(part, dtype=torch.float32) for part in (state_scale, action_scale)]
+        self.register_buffer("scale", torch.cat(scale))
+        self.net1 = mlp(len(self.scale), 1, hidden)
+        self.net2 = mlp(len(self.scale), 1, hidden)
+
+    def forward(self, state, action):
+        x = torch.cat([state, action], -1) * self.scale
+        return self.net1(x).squeeze(-1), self.net2(x).squeeze(-1)
+
+    def q1(self, state, action):
+        """The first value alone, which the actor climbs."""
+        return self.net1(torch.cat([state, action], -1) * self.scale).squeeze(-1)
+
+
+class TD3:
+    """One TD3 learner; all noise scales are in action units.
+
+    max_action    [A]  half-range of the actions; actions and smoothed target actions stay inside
+    state_scale   [S]  input factors, see Actor; action_scale [A] likewise, see Critic
+    discount           gamma, per transition of the batch
+    tau                targets move by this fraction at every delayed update
+    policy_noise  [A]  std of the target policy smoothing; noise_clip [A] its clip
+    policy_delay       actor and targets are updated at every policy_delay-th call
+    generator          source of the smoothing noise (default: torch's global one)
+    """
+
+    def __init__(
+        self,
+        max_action,
+        state_scale,
+        action_scale,
+        discount=0.99,
+        tau=0.005,
+        policy_noise=0.2,
+        noise_clip=0.5,
+        policy_delay=2,
+        actor_lr=1e-4,
+        critic_lr=1e-3,
+        hidden=300,
+        generator=None,
+        device="cpu",
+    ):
+        self.actor = Actor(max_action, state_scale, hidden).to(device)
+        self.critic = Critic(state_scale, action_scale, hidden).to(device)
+        self.actor_target = Actor(max_action, state_scale, hidden).to(device)
+        self.critic_target = Critic(state_scale, action_scale, hidden).to(device)
+        self.actor_target.load_state_dict(self.actor.state_dict())
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.actor_target.requires_grad_(False)
+        self.critic_target.requires_grad_(False)
+        # fused: one pass over all parameters, the same arithmetic
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), actor_lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), critic_lr, fused=True)
+
+        self.max_action = self.actor.max_action
+        self.discount, self.tau, self.policy_delay = discount, tau, policy_delay
+        self.policy_noise = torch.as_tensor(policy_noise, dtype=torch.float32, device=device)
+        self.noise_clip = torch.as_tensor(noise_clip, dtype=torch.float32, device=device)
+        self.generator = generator
+        self.updates = 0
+
+    @torch.no_grad()
+    def act(self, state):
+        """The policy's action, without noise: state [..., S] -> [..., A]."""
+        return self.actor(state)
+
+    @torch.no_grad()
+    def target_q(self, reward, next_state, terminated):
+        """y = r + gamma (1 - terminated) min(Q1', Q2')(s', pi'(s') + clipped noise).
+
+        Only termination stops the bootstrap; a time limit is no termination.
+        """
+        action = self.actor_target(next_state)
+        noise = torch.randn(action.shape, generator=self.generator, device=action.device)
+        noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
+        action = (action + noise).clamp(-self.max_action, self.max_action)
+        q1, q2 = self.critic_target(next_state, action)
+        return reward + self.discount * (1 - terminated) * torch.min(q1, q2)
+
+    def update(self, batch):
+        """One gradient step on the critics and, every policy_delay calls, on the actor.
+
+        batch    state [B, S], action [B, A], reward [B], next_state [B, S], terminated [B] (0, 1)
+        returns  metrics: scalar tensors, still on the device
+        """
+        self.updates += 1
+        target = self.target_q(batch["reward"], batch["next_state"], batch["terminated"])
+        q1, q2 = self.critic(batch["state"], batch["action"])
+        critic_loss = F.huber_loss(q1, target) + F.huber_loss(q2, target)
+        self.critic_optimizer.zero_grad()
+        critic_loss.backward()
+        self.critic_optimizer.step()
+        metrics = {"q": q1.detach().mean(), "critic_loss": critic_loss.detach()}
+
+        if self.updates % self.policy_delay == 0:
+            self.critic.requires_grad_(False)  # the actor's gradient passes through, nothing stays
+            action = self.actor(batch["state"])
+            actor_loss = -self.critic.q1(batch["state"], action).mean()
+            self.actor_optimizer.zero_grad()
+            actor_loss.backward()
+            self.actor_optimizer.step()
+            self.critic.requires_grad_(True)
+            self._move_targets()
+            saturated = action.detach().abs() > 0.95 * self.max_action
+            metrics["saturation"] = saturated.float().mean()
+        return metrics
+
+    @torch.no_grad()
+    def _move_targets(self):
+        """theta' <- theta' + tau (theta - theta'), all tensors in one call."""
+        online = [*self.actor.parameters(), *self.critic.parameters()]
+        target = [*self.actor_target.parameters(), *self.critic_target.parameters()]
+        torch._foreach_lerp_(target, online, self.tau)
+
+    PARTS = (
+        "actor",
+        "critic",
+        "actor_target",
+        "critic_target",
+        "actor_optimizer",
+        "critic_optimizer",
+    )
+
+    def state_dict(self):
+        """Networks, targets, optimizers and the update counter."""
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return {**parts, "updates": self.updates}
+
+    def load_state_dict(self, state):
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.updates = state["updates"]

@@ -1,0 +1,603 @@
+"""Train and evaluate HIRO: python train.py --env AntMaze. See --help, and README.md."""
+
+import argparse
+import csv
+import dataclasses
+import difflib
+import io
+import json
+import math
+import os
+import pathlib
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import gymnasium
+import numpy as np
+import torch
+
+import envs as tasks
+from hiro import HIRO, PRESETS, Hierarchy, HIROConfig, intrinsic_reward, option
+
+EVAL_COPIES = 50  # episodes evaluated side by side
+FINITE_EVERY = 1_000  # steps between two looks at the losses
+
+
+@dataclass
+class RunConfig:
+    """Everything about a run that is not the algorithm."""
+
+    env: str = option(None, "task: " + ", ".join(tasks.TASKS))
+    seed: int = option(0, "of everything random in the run")
+    total_steps: int = option(None, "environment steps to train for (default: the task's)")
+    eval_every: int = option(50_000, "environment steps between evaluations (C.4)")
+    eval_episodes: int = option(50, "episodes per evaluation, without noise (C.4)")
+    checkpoint_every: int = option(50_000, "environment steps between checkpoints")
+    num_envs: int = option(1, "N: environment copies stepped together")
+    async_envs: bool = option(False, "step the copies in worker processes")
+    threads: int = option(1, "CPU threads of the networks")
+    device: str = option("cpu", "of the networks and buffers: cpu or cuda")
+    run_dir: str = option(None, "output folder (default: runs/<env>_seed<seed>_<time>)")
+
+
+MAY_CHANGE = ("total_steps", "eval_every", "eval_episodes", "checkpoint_every")  # on --resume
+
+
+class UserError(Exception):
+    """A mistake that one line can explain; main() prints it and exits with status 2."""
+
+
+# ---------------------------------------------------------------------- environments
+
+
+def make_envs(run, num_envs, evaluate, **kwargs):
+    """num_envs copies of the task that wait to be reset, so that no final state is ever lost."""
+    return gymnasium.make_vec(
+        f"hiro/{run.env}-v0",
+        num_envs=num_envs,
+        vectorization_mode="async" if run.async_envs else "sync",
+        vector_kwargs={"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED},
+        disable_env_checker=True,
+        evaluate=evaluate,
+        **kwargs,
+    )
+
+
+def reset_done(envs, obs, done):
+    """Observations [N, obs] to act on: of a new episode where the old one is done."""
+    if not done.any():
+        return obs
+    fresh, _ = envs.reset(options={"reset_mask": done})
+    return np.where(done[:, None], fresh, obs)
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def play(agent, envs, seed):
+    """One episode in each of N environments, without noise: a list of N result dicts."""
+    n, c = envs.num_envs, agent.config.subgoal_steps
+    hierarchy = Hierarchy(agent, n)
+    totals = {name: np.zeros(n) for name in ("return", "intrinsic_return", "subgoal_progress")}
+    results = [None] * n
+    obs, _ = envs.reset(seed=seed)
+    steps = 0
+    while any(result is None for result in results):
+        action = hierarchy.act(agent.tensor(obs), explore=False).cpu().numpy()
+        subgoal = hierarchy.subgoal.cpu().numpy()
+        next_obs, reward, terminated, truncated, info = envs.step(action)
+        steps += 1
+        intrinsic = intrinsic_reward(obs, subgoal, next_obs)
+        totals["return"] += reward
+        totals["intrinsic_return"] += intrinsic
+        totals["subgoal_progress"] += np.linalg.norm(subgoal, axis=1) + intrinsic
+        done = terminated | truncated
+        for i in np.flatnonzero(done):
+            if results[i] is None:
+                result = {name: total[i] for name, total in totals.items()}
+                result["subgoal_progress"] *= c / steps
+                result["success_rate"] = float(info["is_success"][i])
+                result["distance"] = info["distance"][i]
+                results[i] = result
+        hierarchy.advance(
+            agent.tensor(obs), agent.tensor(next_obs), agent.tensor(done, torch.bool), False
+        )
+        obs = reset_done(envs, next_obs, done)
+    return results
+
+
+def evaluate(agent, envs, episodes, seed):
+    """Means over `episodes` episodes without noise (C.4); leaves the agent as it was.
+
+    returns  success_rate (at the last step), return, distance (final, m), intrinsic_return,
+             subgoal_progress (how much nearer to its subgoal a segment ends, about metres)
+    """
+    results = []
+    while len(results) < episodes:
+        results += play(agent, envs, seed + len(results))
+    results = results[:episodes]
+    return {name: float(np.mean([r[name] for r in results])) for name in results[0]}
+
+
+# ---------------------------------------------------------------------- the run's files
+
+
+def write_atomically(path, write):
+    """Call write(file) on a file beside `path`, then rename: a kill leaves the old one or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def checkpoints(folder):
+    """The checkpoint files of a run, newest first."""
+    return sorted(folder.glob("checkpoint_*.pt"), reverse=True)
+
+
+def load(path, what):
+    """torch.load without the power to run code; UserError if the file is not what it should be."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {what}") from None
+    except Exception as error:  # damage shows in many ways
+        reason = str(error).strip().split("\n")[0][:80]
+        raise UserError(f"{path}: not a readable {what} ({reason})") from None
+
+
+def versions():
+    """What the numbers of a run depend on besides its arguments."""
+    folder = pathlib.Path(__file__).resolve().parent
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        commit = "unknown"
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor()
+    names = ("numpy", "torch", "gymnasium", "mujoco")
+    found = {name: sys.modules[name].__version__ for name in names}
+    return {"commit": commit, "python": platform.python_version(), **found, "cpu": cpu}
+
+
+class Progress:
+    """progress.csv, one row per evaluation, and the same numbers on the terminal."""
+
+    TABLE = ("step", "success_rate", "return", "distance", "intrinsic_return", "subgoal_progress")
+
+    def __init__(self, folder, columns):
+        self.path = folder / "progress.csv"
+        self.columns = columns
+        self.success_rate = math.nan
+        self.writer = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(folder)
+        except ImportError:
+            pass
+        print("  ".join(f"{name:>16}" for name in (*self.TABLE, "steps_per_second")), flush=True)
+
+    def start(self, text):
+        """Make the file hold `text` and nothing else: rows behind a checkpoint are lived again."""
+        write_atomically(self.path, lambda file: file.write(text.encode()))
+
+    def add(self, row, speed):
+        line = io.StringIO()
+        csv.DictWriter(line, self.columns, lineterminator="\n").writerow(row)
+        with open(self.path, "a") as file:
+            file.write(line.getvalue())
+        self.success_rate = row["success_rate"]
+        cells = [f"{row[name]:>16}" for name in self.TABLE]
+        print(clear_line() + "  ".join([*cells, f"{speed:>16.0f}"]), flush=True)
+        if self.writer:
+            for name, value in row.items():
+                self.writer.add_scalar(name, value, row["step"])
+            self.writer.flush()
+
+    def status(self, step, total, speed):
+        if sys.stderr.isatty():
+            left = time.strftime("%H:%M:%S", time.gmtime((total - step) / max(speed, 1e-9)))
+            success = f"success {self.success_rate:.2f}"
+            text = f"step {step:,} of {total:,} | {speed:.0f} steps/s | {left} left | {success}"
+            print(clear_line() + text, end="", file=sys.stderr, flush=True)
+
+
+def clear_line():
+    return "\r\033[K" if sys.stderr.isatty() else ""
+
+
+# ---------------------------------------------------------------------- training
+
+
+class Training:
+    """One run: the agent, its environments, its clocks and its files."""
+
+    def __init__(self, run, config, folder):
+        self.run, self.config, self.folder = run, config, folder
+        self.envs = make_envs(run, run.num_envs, evaluate=False)
+        self.eval_envs = make_envs(run, min(run.eval_episodes, EVAL_COPIES), evaluate=True)
+        task = tasks.TASKS[run.env]
+        self.agent = HIRO(task, config, run.num_envs, run.seed, run.device)
+        self.obs, _ = self.envs.reset(seed=run.seed)
+        self.step = 0
+        self.seconds = 0.0  # of training, earlier sittings of the run included
+        self.owed = 0  # environment steps that still call for a low-level update
+        self.sums, self.counts = {}, {}  # of metrics, since the last evaluation
+        self.warnings = 0
+        self.best = None  # the policy with the best evaluation so far
+        self.evaluation = {}
+        self.stop = False
+        self.clock = time.perf_counter()
+        chosen = [f"chosen_{k}" for k in range(config.num_candidates)]
+        self.columns = [
+            *("step", "seed", "success_rate", "return", "distance", "intrinsic_return"),
+            *("relabelled", "seconds", "subgoal_progress", "low_q", "high_q"),
+            *("low_critic_loss", "high_critic_loss", "low_saturation", "high_saturation"),
+            *("simulator_warnings", *chosen),
+        ]
+        self.progress = Progress(folder, self.columns)
+        self.progress.start(",".join(self.columns) + "\n")
+
+    def train(self):
+        """The loop of the paper: act, step, store, learn; now and then evaluate and save."""
+        run, agent = self.run, self.agent
+        began, first = time.perf_counter(), self.step
+        while self.step < run.total_steps and not self.stop:
+            random = self.config.uniform_start and self.step < self.config.start_steps
+            action = agent.act(self.obs, explore=True, random=random)
+            self.check_finite("action", action)
+            next_obs, reward, terminated, truncated, info = self.envs.step(action)
+            self.check_finite("state", next_obs)
+            agent.observe(self.obs, action, reward, next_obs, terminated, truncated, random)
+            self.obs = reset_done(self.envs, next_obs, terminated | truncated)
+            before, self.step = self.step, self.step + run.num_envs
+            self.warnings += int(info["simulator_warnings"].sum())
+
+            if self.step > self.config.start_steps and len(agent.high_buffer) > 0:
+                self.owed += run.num_envs
+                while self.owed >= self.config.update_every:
+                    self.owed -= self.config.update_every
+                    self.learn()
+
+            def due(every, before=before):
+                return self.step // every > before // every or self.step >= run.total_steps
+
+            if due(FINITE_EVERY):
+                self.check_losses()
+                self.progress.status(
+                    self.step, run.total_steps, (self.step - first) / (time.perf_counter() - began)
+                )
+            if due(run.eval_every):
+                self.evaluate()
+            if due(run.checkpoint_every):
+                self.save()
+        if self.step < run.total_steps:  # stopped by a signal
+            self.save()
+            print(f"{clear_line()}stopped at step {self.step}; go on with --resume {self.folder}")
+
+    def learn(self):
+        """One low-level update, and one high-level update for every c of them."""
+        self.count("low", self.agent.update_low())
+        if self.agent.low.updates % self.config.subgoal_steps == 0:
+            self.count("high", self.agent.update_high())
+
+    def count(self, level, metrics):
+        for name, value in metrics.items():
+            key = f"{level}_{name}"
+            self.sums[key] = self.sums.get(key, 0) + value
+            self.counts[key] = self.counts.get(key, 0) + 1
+
+    def evaluate(self):
+        self.check_losses()
+        self.tick()
+        run = self.run
+        seed = (run.seed + 1) * 10**8 + self.step  # other episodes every time, the same in a rerun
+        self.evaluation = evaluate(self.agent, self.eval_envs, run.eval_episodes, seed)
+        means = {key: value / self.counts[key] for key, value in self.sums.items()}
+        chosen = means.pop("high_chosen", torch.full([self.config.num_candidates], math.nan))
+        row = dict.fromkeys(self.columns, math.nan)
+        row.update(self.evaluation)
+        row.update({key: float(value) for key, value in means.items() if key in row})
+        row.update({f"chosen_{k}": float(share) for k, share in enumerate(chosen)})
+        row["relabelled"] = 1 - row["chosen_0"]
+        row = {key: float(f"{value:.6g}") for key, value in row.items()}
+        row.update(step=self.step, seed=run.seed, simulator_warnings=self.warnings)
+        row["seconds"] = round(self.seconds)
+        self.sums, self.counts = {}, {}
+
+        latest = {"step": self.step, **self.evaluation, **self.agent.policy_dict()}
+        score = "success_rate", "return"
+        if self.best is None or [latest[k] for k in score] >= [self.best[k] for k in score]:
+            self.best = latest
+        policy = {
+            "format": "hiro policy 1",
+            "env": run.env,
+            "config": dataclasses.asdict(self.config),
+            "latest": latest,
+            "best": self.best,
+        }
+        write_atomically(self.folder / "policy.pt", lambda file: torch.save(policy, file))
+        self.progress.add(row, self.step / max(self.seconds, 1e-9))
+        self.clock = time.perf_counter()  # evaluations are not training time
+
+    def tick(self):
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+
+    def check_finite(self, quantity, array):
+        if not np.isfinite(array).all():
+            raise self.diverged(quantity)
+
+    def check_losses(self):
+        for name, value in self.sums.items():
+            if not torch.isfinite(torch.as_tensor(value)).all():
+                raise self.diverged(name)
+
+    def diverged(self, quantity):
+        saved = checkpoints(self.folder)
+        where = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint was saved"
+        return UserError(f"step {self.step}: {quantity} is not finite; {where}")
+
+    # ------------------------------------------------------------------ saving
+
+    PLAIN = ("step", "seconds", "owed", "sums", "counts", "warnings", "best", "evaluation")
+
+    def save(self):
+        """Write a checkpoint beside the older ones, then remove all but two."""
+        self.check_losses()
+        self.tick()
+        state = {
+            "format": "hiro checkpoint 1",
+            "agent": self.agent.state_dict(),
+            "envs": list(self.envs.get_attr("snapshot")),
+            "obs": torch.as_tensor(self.obs),
+            "progress": self.progress.path.read_text(),
+            **{name: getattr(self, name) for name in self.PLAIN},
+        }
+        path = self.folder / f"checkpoint_{self.step:012d}.pt"
+        write_atomically(path, lambda file: torch.save(state, file))
+        for old in checkpoints(self.folder)[2:]:
+            old.unlink()
+
+    def restore(self, state):
+        """Continue where save() was called."""
+        self.agent.load_state_dict(state["agent"])
+        self.envs.set_attr("snapshot", state["envs"])
+        self.obs = state["obs"].numpy()
+        for name in self.PLAIN:
+            setattr(self, name, state[name])
+        self.progress.start(state["progress"])
+        self.progress.success_rate = self.evaluation.get("success_rate", math.nan)
+        self.clock = time.perf_counter()
+
+
+# ---------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind):
+    """int or float from text; 1e6 and 1_000_000 are integers too."""
+
+    def parse(text):
+        value = float(text)
+        if kind is int:
+            if value != int(value):
+                raise argparse.ArgumentTypeError(f"{text} is not a whole number")
+            return int(value)
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def build_parser():
+    parser = Parser(
+        prog="train.py",
+        description="HIRO (Nachum et al. 2018) on Ant Maze, Push, Fall, Gather and a point maze.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--preset", choices=list(PRESETS), help="hyperparameters (default: td3)")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="continue a run exactly")
+    parser.add_argument("--eval-only", metavar="POLICY", help="evaluate a policy.pt, train nothing")
+    parser.add_argument("--which", choices=["best", "latest"], help="of policy.pt (default: best)")
+    for title, config in (("run", RunConfig), ("algorithm", HIROConfig)):
+        group = parser.add_argument_group(title)
+        for field in dataclasses.fields(config):
+            flag = "--" + field.name.replace("_", "-")
+            text = field.metadata["help"].replace("%", "%%")
+            if field.default is not None:
+                text += f" (default: {field.default})"
+            if field.type is bool:
+                group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+            else:
+                kind = field.type if field.type is str else number(field.type)
+                group.add_argument(flag, type=kind, help=text, metavar=field.type.__name__.upper())
+    return parser
+
+
+def parse(argv):
+    """Flags -> (run config, algorithm config, what was given); raises UserError."""
+    argv = [
+        arg.split("=")[0].replace("_", "-") + arg[len(arg.split("=")[0]) :]
+        if arg[:2] == "--"
+        else arg
+        for arg in argv
+    ]
+    parser = build_parser()
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        hint = f"; did you mean {near[0]}?" if near else "; see --help"
+        raise UserError(f"unknown argument {unknown[0]}{hint}")
+    return vars(known)
+
+
+def configs(given):
+    """The run's and the algorithm's configuration from flags, preset and defaults."""
+    names = {field.name for field in dataclasses.fields(HIROConfig)}
+    chosen = {name: value for name, value in given.items() if name in names}
+    config = HIROConfig(**{**PRESETS[given.get("preset", "td3")], **chosen})
+    names = {field.name for field in dataclasses.fields(RunConfig)}
+    run = RunConfig(**{name: value for name, value in given.items() if name in names})
+    if run.env not in tasks.TASKS:
+        problem = "--env is missing" if run.env is None else f"--env {run.env} is unknown"
+        raise UserError(f"{problem}; choose from {', '.join(tasks.TASKS)}")
+    if run.total_steps is None:
+        run.total_steps = tasks.TASKS[run.env].total_steps
+    validate(run, config)
+    return run, config
+
+
+def validate(run, config):
+    """Raise UserError, one line, for the first setting that cannot work."""
+
+    def require(fine, name, rule):
+        if not fine:
+            source = config if hasattr(config, name) else run
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {getattr(source, name)}: {rule}")
+
+    for source in (run, config):
+        for field in dataclasses.fields(source):
+            value = getattr(source, field.name)
+            if field.type in (int, float):
+                require(math.isfinite(value) and value >= 0, field.name, "must not be negative")
+    positive = "must be at least 1"
+    for name in ("total_steps", "eval_every", "eval_episodes", "checkpoint_every", "num_envs"):
+        require(getattr(run, name) >= 1, name, positive)
+    require(run.threads >= 1, "threads", positive)
+    for name in ("subgoal_steps", "batch_size", "hidden", "policy_delay", "update_every"):
+        require(getattr(config, name) >= 1, name, positive)
+    for name in ("discount", "tau"):
+        require(getattr(config, name) <= 1, name, "must be between 0 and 1")
+    for name in ("low_actor_lr", "low_critic_lr", "high_actor_lr", "high_critic_lr"):
+        require(getattr(config, name) > 0, name, "must be positive")
+    require(config.num_candidates >= 2, "num_candidates", "must be at least 2")
+    require(config.units in ("range", "raw"), "units", "choose from range, raw")
+    smaller = min(config.low_buffer_size, config.high_buffer_size)
+    rule = f"must not exceed the replay buffers' size, {smaller}"
+    require(config.batch_size <= smaller, "batch_size", rule)
+    require(run.num_envs <= smaller, "num_envs", rule)
+    require(run.device in ("cpu", "cuda"), "device", "choose from cpu, cuda")
+    if run.device == "cuda":
+        require(torch.cuda.is_available(), "device", "torch finds no CUDA device here; use cpu")
+
+
+def prepare(run):
+    torch.set_num_threads(run.threads)
+    torch.set_flush_denormal(True)  # Adam's decaying moments would slow the CPU down a lot
+
+
+def start(given):
+    """A new run: resolve, print and save the configuration, then train."""
+    run, config = configs(given)
+    if run.run_dir is None:
+        run.run_dir = f"runs/{run.env}_seed{run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = pathlib.Path(run.run_dir)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; give another --run-dir, or --resume {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = {
+        "preset": given.get("preset", "td3"),
+        "run": dataclasses.asdict(run),
+        "algorithm": dataclasses.asdict(config),
+        "versions": versions(),
+    }
+    text = json.dumps(saved, indent=2)
+    print(text, flush=True)
+    write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
+    prepare(run)
+    return Training(run, config, folder)
+
+
+def resume(given):
+    """An interrupted run, from its newest readable checkpoint."""
+    folder = pathlib.Path(given.pop("resume"))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--resume {folder}: no run here (config.json is missing)")
+    saved = json.loads((folder / "config.json").read_text())
+    before = {"preset": saved["preset"], **saved["run"], **saved["algorithm"]}
+    for name, value in given.items():
+        if name not in MAY_CHANGE and value != before.get(name, value):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} {value} differs from the run's {before[name]}; "
+                f"only {', '.join('--' + n.replace('_', '-') for n in MAY_CHANGE)} may change"
+            )
+    run, config = configs({**before, **given, "run_dir": str(folder)})
+    state = None
+    for path in checkpoints(folder):
+        try:
+            state = load(path, "checkpoint")
+            break
+        except UserError as error:
+            print(f"{error}; trying the one before", file=sys.stderr)
+    if state is None:
+        raise UserError(f"--resume {folder}: there is no readable checkpoint")
+    prepare(run)
+    training = Training(run, config, folder)
+    training.restore(state)
+    print(f"resumed at step {training.step}", flush=True)
+    return training
+
+
+def eval_only(given):
+    """Print what a saved policy achieves."""
+    path = given.pop("eval_only")
+    policy = load(path, "policy")
+    if not isinstance(policy, dict) or policy.get("format") != "hiro policy 1":
+        raise UserError(f"--eval-only {path}: not a policy.pt of this program")
+    if given.get("env", policy["env"]) != policy["env"]:
+        raise UserError(f"--eval-only {path} is a policy for {policy['env']}, not {given['env']}")
+    run, config = configs({"env": policy["env"], **given, **policy["config"]})
+    prepare(run)
+    agent = HIRO(tasks.TASKS[run.env], config, seed=run.seed, device=run.device)
+    chosen = policy[given.get("which", "best")]
+    agent.load_policy_dict(chosen)
+    envs = make_envs(run, min(run.eval_episodes, EVAL_COPIES), evaluate=True)
+    result = evaluate(agent, envs, run.eval_episodes, seed=run.seed)
+    print(f"{run.env}, trained for {chosen['step']:,} steps, {run.eval_episodes} episodes")
+    for name, value in result.items():
+        print(f"{name:>18} {value:10.3f}")
+
+
+def main(argv=None):
+    try:
+        given = parse(sys.argv[1:] if argv is None else argv)
+        if "eval_only" in given:
+            return eval_only(given)
+        training = resume(given) if "resume" in given else start(given)
+
+        def stop(*_):
+            training.stop = True
+
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, stop)
+        training.train()
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"train.py: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
