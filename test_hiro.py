@@ -1,0 +1,526 @@
+"""Tests in the paper's order; each oracle is a naive loop or a number worked out in the test."""
+
+import math
+import subprocess
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+
+import buffers
+import envs as tasks
+import relabel
+import train
+from hiro import HIRO, PRESETS, HIROConfig, goal_transition, intrinsic_reward
+from td3 import TD3
+
+torch.set_num_threads(1)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def small(**changes):
+    """An agent's configuration that learns nothing useful, quickly."""
+    return HIROConfig(**{"hidden": 16, "batch_size": 8, "start_steps": 40, **changes})
+
+
+# ------------------------------------------------------------ 3.2 subgoals are changes of state
+
+
+def test_h_keeps_the_place_to_reach__3_2():
+    states, subgoal = randn(20, 6), randn(4, seed=1)
+    place = states[0, :4] + subgoal
+    for state, next_state in zip(states, states[1:], strict=False):
+        subgoal = goal_transition(state, subgoal, next_state)
+        torch.testing.assert_close(next_state[:4] + subgoal, place)
+
+
+def test_intrinsic_reward_is_the_negative_distance__eq_3():
+    state, subgoal = torch.tensor([1.0, 2.0, 50.0]), torch.tensor([5.0, 6.0])
+    next_state = torch.tensor([3.0, 4.0, -7.0])  # misses (6, 8) by (3, 4); the third entry is free
+    assert intrinsic_reward(state, subgoal, next_state) == -5.0
+    assert intrinsic_reward(state.numpy(), subgoal.numpy(), next_state.numpy()) == -5.0
+    batch = intrinsic_reward(randn(7, 6), randn(7, 4, seed=1), randn(7, 6, seed=2))
+    for i in range(7):
+        miss = randn(7, 6)[i, :4] + randn(7, 4, seed=1)[i] - randn(7, 6, seed=2)[i, :4]
+        assert math.isclose(batch[i], -math.sqrt(sum(m * m for m in miss.tolist())), rel_tol=1e-6)
+
+
+# ------------------------------------------------------------ 3.3 the off-policy correction
+
+B, K, C, D, S, A = 5, 10, 4, 3, 6, 2
+
+
+def segments(seed=0):
+    """states [B, c, S], actions [B, c, A], subgoal [B, d], next_state [B, S], scale [d]"""
+    shapes = (B, C, S), (B, C, A), (B, D), (B, S)
+    parts = [randn(*shape, seed=seed + i) for i, shape in enumerate(shapes)]
+    parts[2] = parts[2].clamp(-1, 1)
+    return *parts, torch.tensor([1.0, 2.0, 3.0])
+
+
+def policy(state, subgoal):
+    """Something smooth that depends on every state and subgoal entry."""
+    mixed = state.sum(-1, keepdim=True) * 0.1 + subgoal @ torch.tensor([[1.0, -1], [0.5, 2], [1, 1]])
+    return torch.tanh(mixed)
+
+
+def test_closed_form_subgoal_sequences_equal_iterated_h__3_3():
+    states, candidates = randn(B, C, S), randn(B, K, D, seed=1)
+    sequences = relabel.subgoal_sequences(states, candidates)
+    assert sequences.shape == (B, K, C, D)
+    for b in range(B):
+        for k in range(K):
+            subgoal = candidates[b, k]
+            for i in range(C):
+                torch.testing.assert_close(sequences[b, k, i], subgoal)
+                if i + 1 < C:
+                    subgoal = goal_transition(states[b, i], subgoal, states[b, i + 1])
+
+
+def test_candidates_are_the_original_the_difference_and_eight_random__C_3():
+    states, _, subgoal, next_state, scale = segments()
+    candidates = relabel.candidate_subgoals(states[:, 0], next_state, subgoal, scale)
+    assert candidates.shape == (B, 10, D)
+    assert torch.equal(candidates[:, 0], subgoal)
+    for b in range(B):
+        for j in range(D):
+            change = float(next_state[b, j] - states[b, 0, j])
+            limit = float(scale[j])
+            assert math.isclose(candidates[b, 1, j], max(-limit, min(limit, change)), abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("center", [1.0, 0.5])
+def test_random_candidates_have_the_right_centre_and_spread__3_3(center):
+    scale = torch.tensor([10.0, 1.0])
+    state, next_state = torch.zeros(1, 2), torch.tensor([[2.0, -0.2]])
+    args = state, next_state, torch.zeros(1, 2), scale
+    generator = torch.Generator().manual_seed(0)
+    draws = relabel.candidate_subgoals(*args, 100_000, center, 0.1, generator)[0, 2:]
+    torch.testing.assert_close(draws.mean(0), center * next_state[0], atol=0.01, rtol=0)
+    torch.testing.assert_close(draws.std(0), 0.1 * scale, atol=0.01, rtol=0)
+
+
+def test_every_candidate_is_clipped_to_the_range__C_3():
+    scale = torch.tensor([1.0, 0.5])
+    far = torch.tensor([[9.0, -9.0]])
+    candidates = relabel.candidate_subgoals(torch.zeros(1, 2), far, 3 * scale[None], scale, 200)
+    assert (candidates.abs() <= scale).all()
+    assert candidates[0, 1].tolist() == [1.0, -0.5]
+    assert (candidates[0, 2:].abs() == scale).any(0).all(), "the test must reach the bounds"
+
+
+def test_random_candidates_are_independent_across_batch_and_dims__3_3():
+    state = torch.zeros(2, 2)
+    args = state, state, state, torch.full((2,), 100.0), 20_000, 1.0, 0.1
+    draws = relabel.candidate_subgoals(*args, torch.Generator().manual_seed(0))[:, 2:]
+    columns = draws.permute(0, 2, 1).reshape(4, -1)  # batch x dim, draws
+    off_diagonal = torch.corrcoef(columns) - torch.eye(4)
+    assert off_diagonal.abs().max() < 0.03
+
+
+def test_log_likelihood_is_minus_half_the_squared_error__eq_5():
+    states, actions, _, _, _ = segments()
+    sequences = randn(B, K, C, D, seed=9)
+    mask = torch.ones(B, C)
+    mask[1, 2:] = 0  # a segment that ended after two steps
+    result = relabel.log_likelihood(policy, states, actions, sequences, mask)
+    for b in range(B):
+        for k in range(K):
+            total = 0.0
+            for i in range(2 if b == 1 else C):
+                error = actions[b, i] - policy(states[b, i], sequences[b, k, i])
+                total -= 0.5 * float((error**2).sum())
+            assert math.isclose(result[b, k], total, rel_tol=1e-4)
+
+
+def test_relabel_equals_a_triple_loop__3_3():
+    states, actions, subgoal, next_state, scale = segments()
+    chosen, index = relabel.relabel(
+        policy, states, actions, subgoal, next_state, scale, generator=torch.Generator().manual_seed(5)
+    )
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(B, 8, D, generator=generator)
+    for b in range(B):
+        change = next_state[b, :D] - states[b, 0, :D]
+        candidates = [subgoal[b], change, *(change + 0.5 * scale * z for z in noise[b])]
+        candidates = [torch.maximum(torch.minimum(g, scale), -scale) for g in candidates]
+        scores = []
+        for candidate in candidates:
+            score, running = 0.0, candidate
+            for i in range(C):
+                score -= 0.5 * float(((actions[b, i] - policy(states[b, i], running)) ** 2).sum())
+                if i + 1 < C:
+                    running = goal_transition(states[b, i], running, states[b, i + 1])
+            scores.append(score)
+        best = int(np.argmax(scores))
+        assert index[b] == best
+        torch.testing.assert_close(chosen[b], candidates[best])
+
+
+@pytest.mark.parametrize("true_index", [0, 1])
+def test_relabel_recovers_the_subgoal_of_a_noiseless_low_policy__3_3(true_index):
+    states, _, subgoal, next_state, scale = segments()
+    truth = relabel.candidate_subgoals(states[:, 0], next_state, subgoal, scale)[:, true_index]
+    actions = torch.zeros(B, C, A)
+    for b in range(B):
+        running = truth[b]
+        for i in range(C):
+            actions[b, i] = policy(states[b, i], running)
+            if i + 1 < C:
+                running = goal_transition(states[b, i], running, states[b, i + 1])
+    chosen, index = relabel.relabel(policy, states, actions, subgoal, next_state, scale)
+    assert (index == true_index).all()
+    torch.testing.assert_close(chosen, truth)
+
+
+def test_relabel_asks_the_policy_once__3_3():
+    calls = []
+
+    def counting(state, subgoal):
+        calls.append(subgoal.shape)
+        return policy(state, subgoal)
+
+    relabel.relabel(counting, *segments())
+    assert calls == [(B, K, C, D)]
+
+
+def test_candidates_start_from_s_t_and_end_at_s_t_plus_c__3_3():
+    """A segment that moves one unit a step: the difference is c, neither c - 1 nor c + 1."""
+    states = torch.arange(C, dtype=torch.float32).reshape(1, C, 1)
+    next_state = torch.full((1, 1), float(C))
+
+    def walker(state, subgoal):  # one unit a step, if the goal is where the segment really ended
+        return (state + subgoal == C).float()
+
+    actions, scale = torch.ones(1, C, 1), torch.tensor([100.0])
+    chosen, index = relabel.relabel(walker, states, actions, torch.zeros(1, 1), next_state, scale)
+    assert chosen.item() == C and index.item() == 1
+
+
+# ------------------------------------------------------------ 2.1, C.1, C.2 TD3
+
+
+def learner(**changes):
+    args = dict(max_action=torch.tensor([1.0, 2.0]), state_scale=torch.ones(3), hidden=8)
+    args["action_scale"] = torch.ones(2)
+    torch.manual_seed(0)
+    return TD3(**{**args, "generator": torch.Generator().manual_seed(0), **changes})
+
+
+def td3_batch(n=6, terminated=0.0):
+    return {
+        "state": randn(n, 3),
+        "action": randn(n, 2, seed=1).clamp(-1, 1),
+        "reward": randn(n, seed=2),
+        "next_state": randn(n, 3, seed=3),
+        "terminated": torch.full((n,), terminated),
+    }
+
+
+def test_target_against_a_hand_worked_number__2_1():
+    td3 = learner(discount=0.5, policy_noise=0.0)
+    td3.actor_target = lambda state: torch.tensor([[0.25, -1.0]])
+    td3.critic_target = lambda state, action: (10 * action[:, 0], action.sum(1) + 4)  # 2.5, 3.25
+    target = td3.target_q(torch.tensor([1.0]), torch.zeros(1, 3), torch.tensor([0.0]))
+    assert target.item() == 1.0 + 0.5 * 2.5
+
+
+def test_truncation_bootstraps_termination_does_not():
+    td3, batch = learner(), td3_batch()
+    reward, next_state = batch["reward"], batch["next_state"]
+    assert torch.equal(td3.target_q(reward, next_state, torch.ones(6)), reward)
+    assert not torch.equal(td3.target_q(reward, next_state, torch.zeros(6)), reward)
+
+
+def test_target_smoothing_is_clipped_per_sample_and_stays_in_range():
+    seen = []
+    td3 = learner(policy_noise=torch.tensor([0.2, 0.4]), noise_clip=torch.tensor([0.5, 0.1]))
+    td3.actor_target = lambda state: torch.tensor([0.8, 0.0]).expand(len(state), 2)
+    td3.critic_target = lambda state, action: (seen.append(action), (action[:, 0],) * 2)[1]
+    td3.target_q(torch.zeros(5000), torch.zeros(5000, 3), torch.zeros(5000))
+    action = seen[0]
+    assert action[:, 0].max() == 1.0 and action[:, 0].min() >= 0.8 - 0.5 - 1e-6
+    assert torch.isclose(action[:, 1].abs().max(), torch.tensor(0.1))
+    inside = action[:, 0][action[:, 0] < 1.0]
+    assert len(inside.unique()) > 0.9 * len(inside), "every row draws its own noise"
+    below = action[:, 0] < 0.8  # half a Gaussian: its mean distance is sigma * sqrt(2 / pi)
+    spread = (0.8 - action[below, 0]).mean().item()
+    assert math.isclose(spread, 0.2 * math.sqrt(2 / math.pi), rel_tol=0.05)
+
+
+def test_actor_and_targets_move_at_every_second_update__C_2():
+    td3 = learner(tau=0.25, policy_delay=2)
+    for update in (1, 2, 3, 4):
+        before = {part: [p.clone() for p in getattr(td3, part).parameters()] for part in td3.PARTS[:4]}
+        td3.update(td3_batch())
+        moved = {
+            part: any(
+                not torch.equal(old, new)
+                for old, new in zip(before[part], getattr(td3, part).parameters(), strict=True)
+            )
+            for part in td3.PARTS[:4]
+        }
+        delayed = update % 2 == 0
+        assert moved["critic"]
+        assert moved["actor"] == moved["actor_target"] == moved["critic_target"] == delayed
+        if delayed:
+            for part in ("actor", "critic"):
+                new = getattr(td3, part).parameters()
+                target = getattr(td3, part + "_target").parameters()
+                for old, online, now in zip(before[part + "_target"], new, target, strict=True):
+                    torch.testing.assert_close(now, old + 0.25 * (online - old))
+
+
+def test_critic_loss_is_the_mean_huber_loss_of_both_critics():
+    td3, batch = learner(policy_noise=0.0), td3_batch(terminated=1.0)
+    batch["reward"] = torch.tensor([0.1, -0.2, 3.0, -4.0, 0.5, 2.0])  # both branches of the loss
+    expected = 0.0
+    for q in td3.critic(batch["state"], batch["action"]):
+        for value, target in zip(q.tolist(), batch["reward"].tolist(), strict=True):
+            error = abs(value - target)
+            expected += (0.5 * error**2 if error < 1 else error - 0.5) / 6
+    assert math.isclose(td3.update(batch)["critic_loss"], expected, rel_tol=1e-4)
+
+
+def test_networks_have_the_paper_s_shape_and_initialisation__C_1():
+    torch.manual_seed(0)
+    td3 = TD3(torch.full((8,), 30.0), torch.ones(43), torch.ones(8))
+    shapes = [tuple(p.shape) for p in td3.actor.parameters()]
+    assert shapes == [(300, 43), (300,), (300, 300), (300,), (8, 300), (8,)]
+    for net in (td3.actor.net, td3.critic.net1, td3.critic.net2):
+        bounds = [layer.in_features**-0.5 for layer in (net[0], net[2])] + [0.003]
+        for layer, bound in zip((net[0], net[2], net[4]), bounds, strict=True):
+            assert 0.95 * bound < layer.weight.abs().max() <= bound
+            assert (layer.bias == 0).all()
+    assert not torch.equal(td3.critic.net1[0].weight, td3.critic.net2[0].weight)
+    wild = td3.actor(1e6 * randn(100, 43))
+    assert 29 < wild.abs().max() <= 30
+
+
+def test_input_scales_are_units__actor_and_critic():
+    """Scaled inputs to a network equal raw inputs to the same network behind the scale."""
+    scale_s, scale_a = torch.tensor([0.1, 1.0, 5.0]), torch.tensor([2.0, 0.5])
+    raw, scaled = learner(), learner(state_scale=scale_s, action_scale=scale_a)
+    state, action = randn(4, 3), randn(4, 2, seed=1)
+    torch.testing.assert_close(scaled.actor(state), raw.actor(state * scale_s))
+    expected = raw.critic(state * scale_s, action * scale_a)
+    torch.testing.assert_close(scaled.critic(state, action), expected)
+    torch.testing.assert_close(scaled.critic.q1(state, action), expected[0])
+
+
+def test_td3_solves_a_one_step_problem():
+    td3 = learner(max_action=torch.ones(1), action_scale=torch.ones(1), hidden=32, actor_lr=1e-3)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(1500):
+        state = 2 * torch.rand(64, 3, generator=generator) - 1
+        action = 2 * torch.rand(64, 1, generator=generator) - 1
+        reward = -((action - state[:, :1]) ** 2).squeeze(1)
+        batch = {"state": state, "action": action, "reward": reward, "next_state": state}
+        td3.update({**batch, "terminated": torch.ones(64)})
+    state = 1.6 * torch.rand(200, 3, generator=generator) - 0.8
+    assert (td3.act(state) - state[:, :1]).abs().mean() < 0.1
+
+
+# ------------------------------------------------------------ the replay buffer
+
+
+def test_buffer_wraps_and_never_returns_an_unwritten_row():
+    buffer = buffers.ReplayBuffer(10, {"value": (), "pair": (2,)})
+    with pytest.raises(ValueError, match="empty"):
+        buffer.sample(1)
+    buffer.storage.fill_(math.nan)
+    written = []
+    for start in (0, 4, 8, 12):  # the third addition wraps
+        values = torch.arange(start, start + 4.0)
+        buffer.add(value=values, pair=torch.stack([values, -values], 1))
+        written = [*written, *values.tolist()][-10:]
+        batch = buffer.sample(500)
+        assert set(batch["value"].tolist()) == set(written)
+        assert torch.equal(batch["pair"], torch.stack([batch["value"], -batch["value"]], 1))
+    assert len(buffer) == 10
+
+
+def test_buffer_samples_uniformly():
+    buffer = buffers.ReplayBuffer(8, {"x": ()}, generator=torch.Generator().manual_seed(0))
+    buffer.add(x=torch.arange(5.0))
+    counts = torch.bincount(buffer.sample(50_000)["x"].long(), minlength=5)
+    assert ((counts - 10_000).abs() < 500).all()
+
+
+def test_buffer_state_holds_what_was_written_and_nothing_else():
+    fields = {"x": (3,), "y": (2, 2)}
+    buffer = buffers.ReplayBuffer(100, fields)
+    buffer.add(x=randn(7, 3), y=randn(7, 2, 2))
+    state = buffer.state_dict()
+    assert state["storage"].shape == (7, 7)
+    copy = buffers.ReplayBuffer(100, fields)
+    copy.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(buffer.rows().values(), copy.rows().values()))
+    assert torch.equal(copy.rows()["y"], randn(7, 2, 2))
+    with pytest.raises(ValueError, match="do not fit"):
+        buffers.ReplayBuffer(100, {"x": (3,)}).load_state_dict(state)
+    with pytest.raises(KeyError, match="rows have"):
+        buffer.add(x=randn(1, 3))
+
+
+# ------------------------------------------------------------ C.1 what the low level may see
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_low_level_is_blind_to_x_y_and_the_target__acting_and_relabelling(preset):
+    config = HIROConfig(**{**PRESETS[preset], "hidden": 16})
+    agent = HIRO(tasks.AntMaze, config)
+    obs, subgoal = randn(4, 32), randn(4, 15, seed=1)
+    elsewhere = obs.clone()
+    elsewhere[:, [0, 1, 30, 31]] += 7.0
+    action = agent.low_action(obs, subgoal, explore=False)
+    assert torch.equal(action, agent.low_action(elsewhere, subgoal, explore=False))
+    up = obs.clone()
+    up[:, 2] += 0.1  # z is seen
+    assert not torch.equal(action, agent.low_action(up, subgoal, explore=False))
+
+    for network in (
+        lambda state: agent.low_policy(state, subgoal).sum(),
+        lambda state: agent.low.critic.q1(agent.low_input(state, subgoal), action).sum(),
+    ):
+        state = obs.clone().requires_grad_()
+        network(state).backward()
+        blind = torch.zeros(32, dtype=torch.bool)
+        blind[[0, 1, 30, 31]] = True
+        assert (state.grad[:, blind] == 0).all() and (state.grad[:, ~blind] != 0).any(0).all()
+
+    states, actions = randn(2, 10, 30), randn(2, 10, 8, seed=1)
+    moved = states.clone()
+    moved[..., :2] += 7.0  # the same segment elsewhere in the world
+    sequences = relabel.subgoal_sequences(states, randn(2, 3, 15, seed=2))
+    here = relabel.log_likelihood(agent.low_policy, states, actions, sequences)
+    assert torch.equal(here, relabel.log_likelihood(agent.low_policy, moved, actions, sequences))
+
+
+# ------------------------------------------------------------ 3.1 who acts when, what is stored
+
+
+class ClockTask(gymnasium.Env):
+    """A scripted world: the state tells copy, episode and time; every copy writes a log."""
+
+    state_dim, action_dim, low_blind = 4, 2, 2
+    subgoal_scale = np.array([3.0, 5.0], np.float32)
+    observation_scale = np.ones(5, np.float32)
+    action_unit, total_steps = 1.0, 100
+    logs = []
+
+    def __init__(self, evaluate=False, render_mode=None):
+        self.observation_space = gymnasium.spaces.Box(-1e6, 1e6, (5,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+        self.render_mode = render_mode
+        self.log, self.episode, self.copy = [], -1, None
+        if not evaluate:
+            self.copy = len(ClockTask.logs)
+            ClockTask.logs.append(self.log)
+
+    def _obs(self):
+        return np.array(
+            [self.time, self.time**2 / 10, self.episode, self.copy or 0, 9], np.float32
+        )
+
+    def _info(self):
+        return {"is_success": False, "distance": 0.0, "simulator_warnings": 0}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time, self.episode = 0, self.episode + 1
+        return self._obs(), self._info()
+
+    def step(self, action):
+        obs = self._obs()
+        self.time += 1
+        reward = 1.0 + self.time
+        # odd episodes terminate within a segment, even ones are cut off at a segment's end
+        terminated = self.episode % 2 == 1 and self.time == 13 + (self.copy or 0)
+        truncated = self.time == 20
+        self.log.append((self.episode, obs, action.copy(), reward, self._obs(), terminated))
+        return self._obs(), reward, terminated, truncated, self._info()
+
+    snapshot = None
+
+
+@pytest.fixture
+def clock_task(monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "Clock", ClockTask)
+    gymnasium.register("hiro/Clock-v0", entry_point=ClockTask)
+    yield
+    gymnasium.registry.pop("hiro/Clock-v0")
+
+
+@pytest.mark.parametrize("random", [False, True], ids=["policies", "uniform_start"])
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_both_buffers_hold_exactly_the_expected_tuples__3_1(clock_task, tmp_path, num_envs, random):
+    ClockTask.logs = []
+    c = 5
+    config = small(subgoal_steps=c, start_steps=10**6, uniform_start=random)
+    run = train.RunConfig(env="Clock", total_steps=70 * num_envs, num_envs=num_envs, eval_episodes=1)
+    training = train.Training(run, config, tmp_path)
+    training.save = lambda: None
+    training.train()
+    agent, logs = training.agent, ClockTask.logs
+    assert len(logs) == num_envs and all(len(log) == 70 for log in logs)
+
+    low = agent.low_buffer.rows()
+    assert len(agent.low_buffer) == 70 * num_envs
+    segments, subgoals = [], {}
+    for t in range(70):
+        for i in range(num_envs):
+            row = {name: values[t * num_envs + i] for name, values in low.items()}
+            episode, obs, action, _, next_obs, terminated = logs[i][t]
+            time = int(obs[0])
+            assert row["state"].tolist() == obs[:4].tolist()
+            assert row["next_state"].tolist() == next_obs[:4].tolist()
+            np.testing.assert_array_equal(row["action"], action)
+            assert row["terminated"] == terminated
+            miss = obs[:2] + row["subgoal"].numpy() - next_obs[:2]
+            assert math.isclose(row["reward"], -np.linalg.norm(miss), rel_tol=1e-5)
+            if time > 0:  # what was stored as g_{t+1} is what was used next
+                assert torch.equal(row["subgoal"], subgoals[i])
+            else:
+                assert subgoals.get(i) is None or not torch.equal(row["subgoal"], subgoals[i])
+            if (time + 1) % c:  # h between two decisions of the high level
+                torch.testing.assert_close(row["next_subgoal"], torch.from_numpy(miss))
+            else:  # a fresh, explored subgoal at a boundary, the episode's last one included
+                assert (row["next_subgoal"].abs() <= agent.subgoal_scale).all()
+                assert not torch.allclose(row["next_subgoal"], torch.from_numpy(miss))
+            subgoals[i] = row["next_subgoal"]
+
+            if time % c == 0:
+                segments.append({"env": i, "first": obs, "subgoal": row["subgoal"], "steps": []})
+            current = next(s for s in reversed(segments) if s["env"] == i)
+            current["steps"].append(logs[i][t])
+            current["end"] = t, i
+
+    complete = [
+        s for s in segments if len(s["steps"]) == c or s["steps"][-1][5]  # full or terminated
+    ]
+    complete.sort(key=lambda s: s["end"])
+    high = agent.high_buffer.rows()
+    assert len(agent.high_buffer) == len(complete)
+    lengths = set()
+    for j, segment in enumerate(complete):
+        row = {name: values[j] for name, values in high.items()}
+        steps = segment["steps"]
+        n = len(steps)
+        lengths.add(n)
+        assert row["state"].tolist() == segment["first"].tolist()
+        assert torch.equal(row["subgoal"], segment["subgoal"])
+        assert row["mask"].tolist() == [1.0] * n + [0.0] * (c - n)
+        assert row["states"][:n].tolist() == [step[1][:4].tolist() for step in steps]
+        np.testing.assert_array_equal(row["actions"][:n], [step[2] for step in steps])
+        assert (row["states"][n:] == 0).all() and (row["actions"][n:] == 0).all()
+        assert math.isclose(row["reward"], 0.1 * sum(step[3] for step in steps), rel_tol=1e-6)
+        assert row["next_state"].tolist() == steps[-1][4].tolist()
+        assert row["terminated"] == steps[-1][5]
+    assert lengths > {c}, "some segments must be short"
