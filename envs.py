@@ -5,7 +5,7 @@ is one flat vector, [state, task features]; a subgoal is a change of the first e
 What HIRO must know of a task stands in its class attributes:
 
     state_dim          entries of the state at the front of the observation
-    subgoal_scale [d]  half-range of each subgoal dimension (m, m, m, quaternion, rad); d <= state_dim
+    subgoal_scale [d]  half-range of each subgoal dimension (m, m, m, quaternion, rad)
     action_dim         entries of an action
     low_blind          entries at the front of the state that the low level never sees (x and y)
     observation_scale  [obs] factor that brings each observation entry to order one

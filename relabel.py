@@ -1,4 +1,4 @@
-"""The off-policy correction (section 3.3): old subgoals replaced by ones that fit today's low level.
+"""The off-policy correction (section 3.3): subgoals replaced by ones that fit today's low level.
 
 A high-level transition says "with subgoal g the environment went from s_t to s_{t+c}". Once the
 low level has changed, g would no longer lead there. So g is replaced by whichever of ten

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import gymnasium
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -66,7 +67,9 @@ def segments(seed=0):
 
 def policy(state, subgoal):
     """Something smooth that depends on every state and subgoal entry."""
-    mixed = state.sum(-1, keepdim=True) * 0.1 + subgoal @ torch.tensor([[1.0, -1], [0.5, 2], [1, 1]])
+    mixed = state.sum(-1, keepdim=True) * 0.1 + subgoal @ torch.tensor(
+        [[1.0, -1], [0.5, 2], [1, 1]]
+    )
     return torch.tanh(mixed)
 
 
@@ -142,7 +145,13 @@ def test_log_likelihood_is_minus_half_the_squared_error__eq_5():
 def test_relabel_equals_a_triple_loop__3_3():
     states, actions, subgoal, next_state, scale = segments()
     chosen, index = relabel.relabel(
-        policy, states, actions, subgoal, next_state, scale, generator=torch.Generator().manual_seed(5)
+        policy,
+        states,
+        actions,
+        subgoal,
+        next_state,
+        scale,
+        generator=torch.Generator().manual_seed(5),
     )
     generator = torch.Generator().manual_seed(5)
     noise = torch.randn(B, 8, D, generator=generator)
@@ -257,7 +266,9 @@ def test_target_smoothing_is_clipped_per_sample_and_stays_in_range():
 def test_actor_and_targets_move_at_every_second_update__C_2():
     td3 = learner(tau=0.25, policy_delay=2)
     for update in (1, 2, 3, 4):
-        before = {part: [p.clone() for p in getattr(td3, part).parameters()] for part in td3.PARTS[:4]}
+        before = {
+            part: [p.clone() for p in getattr(td3, part).parameters()] for part in td3.PARTS[:4]
+        }
         td3.update(td3_batch())
         moved = {
             part: any(
@@ -361,7 +372,9 @@ def test_buffer_state_holds_what_was_written_and_nothing_else():
     assert state["storage"].shape == (7, 7)
     copy = buffers.ReplayBuffer(100, fields)
     copy.load_state_dict(state)
-    assert all(torch.equal(a, b) for a, b in zip(buffer.rows().values(), copy.rows().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(buffer.rows().values(), copy.rows().values(), strict=True)
+    )
     assert torch.equal(copy.rows()["y"], randn(7, 2, 2))
     with pytest.raises(ValueError, match="do not fit"):
         buffers.ReplayBuffer(100, {"x": (3,)}).load_state_dict(state)
@@ -425,9 +438,7 @@ class ClockTask(gymnasium.Env):
             ClockTask.logs.append(self.log)
 
     def _obs(self):
-        return np.array(
-            [self.time, self.time**2 / 10, self.episode, self.copy or 0, 9], np.float32
-        )
+        return np.array([self.time, self.time**2 / 10, self.episode, self.copy or 0, 9], np.float32)
 
     def _info(self):
         return {"is_success": False, "distance": 0.0, "simulator_warnings": 0}
@@ -464,7 +475,9 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(clock_task, tmp_path
     ClockTask.logs = []
     c = 5
     config = small(subgoal_steps=c, start_steps=10**6, uniform_start=random)
-    run = train.RunConfig(env="Clock", total_steps=70 * num_envs, num_envs=num_envs, eval_episodes=1)
+    run = train.RunConfig(
+        env="Clock", total_steps=70 * num_envs, num_envs=num_envs, eval_episodes=1
+    )
     training = train.Training(run, config, tmp_path)
     training.save = lambda: None
     training.train()
@@ -503,7 +516,9 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(clock_task, tmp_path
             current["end"] = t, i
 
     complete = [
-        s for s in segments if len(s["steps"]) == c or s["steps"][-1][5]  # full or terminated
+        s
+        for s in segments
+        if len(s["steps"]) == c or s["steps"][-1][5]  # full or terminated
     ]
     complete.sort(key=lambda s: s["end"])
     high = agent.high_buffer.rows()
@@ -524,3 +539,451 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(clock_task, tmp_path
         assert row["next_state"].tolist() == steps[-1][4].tolist()
         assert row["terminated"] == steps[-1][5]
     assert lengths > {c}, "some segments must be short"
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_evaluation_leaves_training_untouched__C_4(tmp_path, num_envs):
+    run = train.RunConfig(env="PointMaze", total_steps=90, num_envs=num_envs, eval_episodes=2)
+    training = train.Training(run, small(), tmp_path)
+    training.train()
+
+    def everything():
+        state = training.agent.state_dict()
+        return [state, training.envs.get_attr("snapshot"), training.obs.copy()]
+
+    before = everything()
+    first = train.evaluate(training.agent, training.eval_envs, 2, seed=7)
+    assert_same(before, everything())
+    assert train.evaluate(training.agent, training.eval_envs, 2, seed=7) == first
+
+
+def assert_same(a, b, path=""):
+    """Bit-identical nested dicts, lists, tensors and numbers."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}/{i}")
+    elif isinstance(a, torch.Tensor | np.ndarray):
+        assert a.shape == b.shape, path
+        assert np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True), path
+    else:
+        assert a == b or (a != a and b != b), path
+
+
+def test_evaluation_counts_success_at_the_last_step_only__C_4(monkeypatch, tmp_path):
+    """A point that passes through the target and leaves it again has not succeeded."""
+    run = train.RunConfig(env="PointMaze", eval_episodes=1)
+    agent = HIRO(tasks.PointMaze, small())
+    envs = train.make_envs(run, 1, evaluate=True)
+    point = envs.envs[0].unwrapped
+    for last_distance, success in ((4.9, 1.0), (5.1, 0.0)):
+        plan = iter([20.0, 1.0, last_distance])  # metres from the target at each step
+        point.max_steps = 3
+        monkeypatch.setattr(point, "_task_step", lambda plan=plan: place(point, next(plan)))
+        result = train.evaluate(agent, envs, 1, seed=0)
+        assert result["success_rate"] == success
+        assert math.isclose(result["distance"], last_distance, rel_tol=1e-6)
+        assert math.isclose(result["return"], -20 - 1 - last_distance, rel_tol=1e-6)
+
+
+def place(point, distance):
+    point.data.qpos[:2] = point.target + [distance, 0]
+    return -distance, False
+
+
+def test_evaluation_asks_the_high_level_every_c_steps_without_noise__C_4(tmp_path):
+    run = train.RunConfig(env="PointMaze")
+    agent = HIRO(tasks.PointMaze, small(subgoal_steps=10))
+    calls = []
+    original = agent.high_action
+
+    def counting(obs, explore, random=False):
+        calls.append((explore, random))
+        return original(obs, explore, random)
+
+    agent.high_action = counting
+    train.evaluate(agent, train.make_envs(run, 2, evaluate=True), 2, seed=0)
+    # at t = 0, 10, ..., 190, and at 200 for the subgoal behind the last step
+    assert calls == [(False, False)] * 21
+
+
+def test_gradient_steps_follow_environment_steps__C_2(tmp_path):
+    for num_envs, update_every, low, high in ((1, 1, 100, 10), (4, 1, 100, 10), (4, 2, 50, 5)):
+        run = train.RunConfig(env="PointMaze", total_steps=140, num_envs=num_envs, eval_episodes=1)
+        config = small(start_steps=40, update_every=update_every)
+        training = train.Training(run, config, tmp_path)
+        training.train()
+        assert (training.agent.low.updates, training.agent.high.updates) == (low, high)
+
+
+def test_correction_uses_the_current_low_level_and_keeps_the_rest__3_3():
+    agent = HIRO(tasks.PointMaze, small())
+    rows = {name: randn(64, *shape) for name, shape in agent.high_buffer.fields.items()}
+    rows["mask"], rows["terminated"] = torch.ones(64, 10), torch.zeros(64)
+    agent.high_buffer.add(**rows)
+    seen = []
+    agent.high.update = lambda batch: seen.append(batch) or {}
+    agent.update_high()
+    stored = agent.high_buffer.rows()
+    assert_same(stored, {name: rows[name] for name in stored})  # nothing is written back
+    batch = seen[0]
+    row = (stored["state"][None] == batch["state"][:, None]).all(-1).int().argmax(1)
+    for name in ("reward", "next_state", "states", "actions", "terminated"):
+        assert torch.equal(batch[name], stored[name][row])
+    assert not torch.equal(batch["action"], stored["subgoal"][row])
+
+    chosen = []
+    for _ in range(2):
+        agent.generator.manual_seed(3)
+        chosen.append(agent.correct(stored)[1])
+        with torch.no_grad():  # another low level makes other candidates likely
+            for p in agent.low.actor.parameters():
+                p.copy_(randn(*p.shape, seed=11))
+    assert not torch.equal(*chosen)
+
+    agent.config.correction = False
+    agent.update_high()
+    row = (stored["state"][None] == seen[1]["state"][:, None]).all(-1).int().argmax(1)
+    assert torch.equal(seen[1]["action"], stored["subgoal"][row])
+
+
+def test_bfloat16_changes_almost_no_choice__3_3():
+    agent = HIRO(tasks.AntMaze, HIROConfig())
+    torch.manual_seed(0)
+    for p in agent.low.actor.parameters():  # a policy that reacts, unlike a fresh one
+        p.data += 0.05 * torch.randn_like(p)
+    states = torch.cumsum(0.2 * torch.randn(300, 11, 30), 1)
+    goal = (states[:, 10, :15] - states[:, 0, :15]).clamp(-agent.subgoal_scale, agent.subgoal_scale)
+    actions = agent.low_policy(
+        states[:, :10], relabel.subgoal_sequences(states[:, :10], goal[:, None])[:, 0]
+    )
+    batch = {
+        "states": states[:, :10],
+        "actions": (actions + 0.2 * torch.randn_like(actions)).clamp(-1, 1).detach(),
+        "subgoal": agent.subgoal_scale * (2 * torch.rand(300, 15) - 1),
+        "next_state": states[:, 10],
+        "mask": torch.ones(300, 10),
+    }
+    agent.generator.manual_seed(1)
+    _, fast = agent.correct(batch)
+    agent.generator.manual_seed(1)
+    args = batch["states"], batch["actions"], batch["subgoal"], batch["next_state"]
+    _, exact = relabel.relabel(
+        agent.low_policy, *args, agent.subgoal_scale, generator=agent.generator
+    )
+    assert len(exact.unique()) > 3
+    assert (fast != exact).float().mean() < 0.02
+
+
+def test_exploration_noise_is_clipped_and_has_the_stated_scale__C_2():
+    for preset, low, high in (
+        ("td3", 0.2, 0.2 * tasks.AntMaze.subgoal_scale),
+        ("paper", 1 / 30, 1),
+    ):
+        agent = HIRO(tasks.AntMaze, HIROConfig(**{**PRESETS[preset], "hidden": 8}))
+        obs = torch.zeros(20_000, 32)
+        action = agent.low_action(obs, torch.zeros(20_000, 15), explore=True)
+        torch.testing.assert_close(action.std(0), torch.full((8,), low), rtol=0.05, atol=0)
+        subgoal, scale = agent.high_action(obs, explore=True), agent.subgoal_scale
+        assert (subgoal.abs() <= scale).all()
+        expected = torch.as_tensor(high * np.ones(15), dtype=torch.float32)
+        wide = scale > 4 * expected  # where clipping does not matter
+        assert wide[:2].all()
+        torch.testing.assert_close(subgoal.std(0)[wide], expected[wide], rtol=0.05, atol=0)
+
+
+# ------------------------------------------------------------ appendix B, the tasks
+
+
+def make(name, **kwargs):
+    return gymnasium.make(f"hiro/{name}-v0", **kwargs).unwrapped
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.filterwarnings("error")
+def test_gymnasium_s_checker_has_nothing_to_say(name):
+    env = make(name)
+    check_env(env, skip_render_check=True)
+    assert env.observation_space.shape == (len(env.observation_scale),)
+    assert len(env.subgoal_scale) <= env.state_dim <= len(env.observation_scale)
+
+
+def can_render():
+    code = "import mujoco; mujoco.GLContext(8, 8).make_current()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    return result.returncode == 0
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_rgb_array_shows_the_scene(name, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    if not can_render():
+        pytest.skip("no off-screen OpenGL on this machine")
+    env = make(name, render_mode="rgb_array", width=120, height=90)
+    env.reset(seed=0)
+    image = env.render()
+    assert image.shape == (90, 120, 3) and image.dtype == np.uint8
+    assert image.std() > 10
+    env.close()
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_an_episode_is_truncated_at_its_last_step_and_info_is_complete(name):
+    env = make(name)
+    env.reset(seed=0)
+    for step in range(1, env.max_steps + 1):
+        _, reward, terminated, truncated, info = env.step(np.zeros(env.action_dim))
+        assert not terminated and truncated == (step == env.max_steps)
+        assert {"is_success", "distance", "simulator_warnings"} <= info.keys()
+        if name != "AntGather":
+            assert reward == -info["distance"]
+            assert info["is_success"] == (info["distance"] < 5)
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_seeded_reset_is_reproducible_and_state_is_complete(name):
+    first, second = make(name), make(name)
+    assert np.array_equal(first.reset(seed=3)[0], second.reset(seed=3)[0])
+    assert not np.array_equal(first.reset(seed=4)[0], first.reset(seed=5)[0])
+    rng = np.random.default_rng(0)
+
+    def play(env, actions):
+        for action in actions:
+            *result, info = env.step(action)
+            trace.append([*result, info])
+        trace.append(env.reset()[0])  # the random generator is part of the state
+
+    actions = rng.uniform(-1, 1, (60, first.action_dim))
+    for action in actions[:30]:
+        first.step(action)
+    state = first.get_state()
+    second.reset(seed=99)
+    second.set_state(state)
+    trace = []
+    play(first, actions[30:])
+    expected, trace = trace, []
+    play(second, actions[30:])
+    assert_same(expected, trace)
+    assert_same(make_after(name, state), expected)
+
+
+def make_after(name, state):
+    """The same continuation from a saved state that went through a file."""
+    import io
+
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    env = make(name)
+    env.reset(seed=1)
+    env.set_state(torch.load(file, weights_only=True))
+    actions = np.random.default_rng(0).uniform(-1, 1, (60, env.action_dim))[30:]
+    trace = []
+    for action in actions:
+        *result, info = env.step(action)
+        trace.append([*result, info])
+    return [*trace, env.reset()[0]]
+
+
+def test_training_and_evaluation_targets__B():
+    maze = make("AntMaze")
+    targets = np.array([maze.reset(seed=i)[0][30:] for i in range(300)])
+    assert targets.min() >= -4 and targets.max() <= 20
+    assert np.allclose(targets.mean(0), 8, atol=1.2) and np.allclose(
+        targets.std(0), 24 / 12**0.5, atol=1
+    )
+    for name, target in (("AntMaze", (0, 16)), ("AntPush", (0, 19)), ("AntFall", (0, 27, 4.5))):
+        for seed in range(3):
+            assert np.array_equal(make(name, evaluate=True).reset(seed=seed)[0][30:], target)
+    for name, target in (("AntPush", (0, 19)), ("AntFall", (0, 27, 4.5))):
+        assert np.array_equal(make(name).reset(seed=1)[0][30:], target)
+
+
+def test_the_ant_is_rllab_s__B():
+    for name in ("AntMaze", "AntPush", "AntFall", "AntGather"):
+        env = make(name)
+        model = env.model
+        ant = [model.geom(i).id for i in range(model.ngeom) if model.geom(i).name.endswith("_geom")]
+        mass = model.body_mass[1:].sum() - sum(
+            model.body(i).mass[0] for i in range(model.nbody) if model.body(i).name == "block"
+        )
+        assert math.isclose(mass, 0.91088, abs_tol=5e-6)
+        assert math.isclose(model.body("torso").mass[0], 0.32725, abs_tol=5e-6)
+        blocks = 2 * (name in ("AntPush", "AntFall"))
+        assert (model.nq, model.nv, model.nu) == (15 + blocks, 14 + blocks, 8)
+        assert model.opt.timestep == 0.02 and model.opt.integrator == 1 and env.frame_skip == 5
+        assert (model.actuator_gear[:, 0] == 1).all()
+        assert (model.actuator_ctrlrange == [-30, 30]).all()
+        order = [model.joint(int(j)).name for j in model.actuator_trnid[:, 0]]
+        assert order == [f"{part}_{leg}" for leg in (4, 1, 2, 3) for part in ("hip", "ankle")]
+        assert (model.dof_armature[6:14] == 1).all() and (model.dof_damping[6:14] == 1).all()
+        assert (model.dof_armature[:6] == 0).all() and (model.dof_damping[:6] == 0).all()
+        assert (model.dof_armature[14:] == 0).all() and (model.dof_damping[14:] == 0).all()
+        hard = 0.995 if blocks else 0.8
+        assert np.allclose(model.geom_solimp[:, :3], [hard, hard, 0.01])
+        assert np.allclose(model.geom_margin, 0.005)
+        assert np.allclose(model.geom_friction, [1, 0.5, 0.5])
+        assert (model.geom_conaffinity[ant] == 0).all() and len(ant) == 13
+        others = [i for i in range(model.ngeom) if i not in ant]
+        assert (model.geom_conaffinity[others] == 1).all()
+        env.reset(seed=0)
+        env.step(np.full(8, 0.5))
+        assert (env.data.ctrl == 15).all()
+
+
+def test_ant_sinks_as_with_the_original_contacts__B():
+    """Contact margins, seen from outside: 5 s after a fall without torque the height is .520."""
+    env = make("AntMaze")
+    heights = []
+    for margin in (0.005, 0.01):  # .01 a geom is what rllab's file would mean to MuJoCo >= 3.5
+        env.model.geom_margin[:] = margin
+        env.reset(seed=0)
+        env.data.qpos[:], env.data.qvel[:] = env.model.qpos0, 0
+        for _ in range(50):
+            env.step(np.zeros(8))
+        heights.append(env.data.qpos[2])
+        ankles = env.data.qpos[[8, 10, 12, 14]]
+    assert np.allclose(heights, [0.520, 0.551], atol=0.002)
+    assert np.allclose(ankles, ankles[0] * np.array([1, -1, -1, 1]), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, walls, platforms",
+    [
+        ("AntMaze", ["#####", "#R..#", "###.#", "#...#", "#####"], False),
+        ("AntPush", ["#####", "#.R##", "#.B.#", "##.##", "#####"], False),
+        ("AntFall", ["####", "#R.#", "#.Z#", "#~~#", "#..#", "####"], True),
+    ],
+)
+def test_layout__B(name, walls, platforms):
+    env = make(name)
+    env.reset(seed=0)
+    model, column = env.model, next(row.index("R") for row in walls if "R" in row)
+    expected = set()
+    for i, row in enumerate(walls, -1):
+        for j, cell in enumerate(row):
+            x, y = 8 * (j - column), 8 * i
+            if platforms and cell != "~":
+                expected.add((x, y, 2, 4, 4, 2))
+            if cell == "#":
+                expected.add((x, y, 6 if platforms else 2, 4, 4, 2))
+            if cell == "B":
+                expected.add((x, y, 2, 4, 4, 2))
+            if cell == "Z":
+                expected.add((x, y, 6, 3.96, 3.96, 2))
+    boxes = [i for i in range(model.ngeom) if model.geom_type[i] == 6]
+    found = [(*env.data.geom_xpos[i], *model.geom_size[i]) for i in boxes]
+    assert {tuple(np.round(box, 6)) for box in found} == expected and len(found) == len(expected)
+    assert (model.geom_contype[boxes] == 1).all() and (model.geom_conaffinity[boxes] == 1).all()
+    assert math.isclose(model.qpos0[2], 4.75 if platforms else 0.75)
+    if name == "AntPush":
+        assert math.isclose(model.body("block").mass[0], 0.0002)
+        assert [model.joint(j).limited[0] for j in ("block_x", "block_y")] == [0, 0]
+        assert np.array_equal(model.jnt_axis[-2:], [[1, 0, 0], [0, 1, 0]])
+    if name == "AntFall":
+        assert math.isclose(model.body("block").mass[0], 0.001)
+        assert np.array_equal(model.jnt_range[-2:], [[-8, 8], [-4, 0]])
+        assert np.array_equal(model.jnt_axis[-2:], [[0, 1, 0], [0, 0, 1]])
+    if name in ("AntPush", "AntFall"):
+        assert np.allclose(model.jnt_margin[-2:], 0.01)
+        assert (env.data.qpos[-2:] == 0).all() and (env.data.qvel[-2:] == 0).all()
+
+
+def drag(env, velocity, until, seconds=30):
+    """Pull the torso along, legs limp, until until() holds; returns whether it ever did."""
+    torso = env.model.body("torso").id
+    for _ in range(int(seconds / env.model.opt.timestep)):
+        env.data.xfrc_applied[torso, :2] = 20 * (np.array(velocity) - env.data.qvel[:2])
+        mujoco.mj_step(env.model, env.data)
+        if until():
+            return True
+    return False
+
+
+def test_push_block_can_be_pushed_aside__B():
+    env = make("AntPush")
+    env.reset(seed=0)
+    block = env.data.qpos[15:]
+    assert drag(env, (-1.5, 0), lambda: env.data.qpos[0] < -6)
+    assert drag(env, (0, 1.5), lambda: env.data.qpos[1] > 7.5)
+    assert drag(env, (1.5, 0), lambda: block[0] > 7.9), "the block gives way"
+    assert abs(block[1]) < 0.05
+    assert drag(env, (-1, 0), lambda: env.data.qpos[0] < 0.5) and block[0] > 7.5
+    assert drag(env, (0, 1.5), lambda: env._info()["is_success"]), "the way is open"
+
+
+def test_pushing_straight_ahead_blocks_the_way__B():
+    env = make("AntPush")
+    env.reset(seed=0)
+    assert not drag(env, (0, 1.5), lambda: env._info()["is_success"])
+
+
+def test_fall_block_drops_level_into_the_chasm_and_bears_the_ant__B():
+    env = make("AntFall")
+    env.reset(seed=0)
+    qpos, block = env.data.qpos, env.data.qpos[15:]
+    assert drag(env, (1.5, 0), lambda: qpos[0] > 8)
+    assert drag(env, (0, 1.5), lambda: block[0] >= 7.97)
+    assert drag(env, (0, -1), lambda: qpos[1] < 9)
+    box = env.model.body("block").geomadr[0]
+    top = env.data.geom_xpos[box, 2] + 2
+    assert abs(top - 4) < 0.1
+    assert np.allclose(env.data.geom_xmat[box].reshape(3, 3), np.eye(3))
+    assert drag(env, (0, 1.5), lambda: qpos[1] > 26) and qpos[2] > 4, "a bridge"
+
+
+def test_without_the_bridge_the_ant_falls__B():
+    env = make("AntFall")
+    env.reset(seed=0)
+    assert drag(env, (0, 1.5), lambda: env.data.qpos[2] < 2)
+    assert 12 < env.data.qpos[1] < 20
+
+
+def test_gather_readings_equal_a_brute_force_reading__B():
+    env = make("AntGather")
+    rng = np.random.default_rng(0)
+    for seed in range(40):
+        env.reset(seed=seed)
+        assert len({tuple(place) for place in env.objects}) == 16
+        assert (env.objects % 2 == 0).all() and env.objects.min() >= -10 and env.objects.max() <= 8
+        assert not (env.objects == 0).all(1).any()
+        yaw, tilt = rng.uniform(-np.pi, np.pi), rng.uniform(-0.3, 0.3)
+        quat = np.array([np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)])
+        lean = np.array([np.cos(tilt / 2), np.sin(tilt / 2), 0, 0])  # about the torso's own x axis
+        w = quat[0] * lean[0], quat[0] * lean[1], quat[3] * lean[1], quat[3] * lean[0]
+        env.data.qpos[3:7] = w
+        env.data.qpos[:2] = rng.uniform(-3, 3, 2)
+        readings = env._observation()[30:]
+        for kind, first in ((1, 0), (-1, 8)):
+            for b in range(10):
+                best = 0.0
+                for place in env.objects[first : first + 8]:
+                    dx, dy = place - env.data.qpos[:2]
+                    angle = np.arctan2(dy, dx) - yaw
+                    angle = np.arctan2(np.sin(angle), np.cos(angle))
+                    inside = -np.pi + b * np.pi / 5 <= angle < -np.pi + (b + 1) * np.pi / 5
+                    if inside and np.hypot(dx, dy) <= 6:
+                        best = max(best, 1 - np.hypot(dx, dy) / 6)
+                assert math.isclose(readings[b + 10 * (kind < 0)], best, abs_tol=1e-6)
+
+
+def test_gather_rewards_removes_and_ends__B():
+    env = make("AntGather")
+    env.reset(seed=0)
+    env.objects = np.array([[0.0, 0.5], [0.5, 0.0], [0.0, -0.9], [8.0, 8.0]])
+    env.values = np.array([1.0, 1.0, -1.0, -1.0])
+    _, reward, terminated, _, info = env.step(np.zeros(8))
+    assert reward == 1.0 and not terminated and info["is_success"]
+    assert env.objects.tolist() == [[8, 8]]
+    env.objects[:] = 0
+    _, reward, terminated, *_ = env.step(np.zeros(8))
+    assert reward == -1.0 and terminated, "nothing is left"
+    for height, dead in ((0.1, True), (0.3, False), (1.2, True)):
+        env.reset(seed=0)
+        env.data.qpos[2] = height
+        env.data.qvel[2] = 0
+        assert env._task_step()[1] == dead

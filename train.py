@@ -127,7 +127,7 @@ def evaluate(agent, envs, episodes, seed):
 
 
 def write_atomically(path, write):
-    """Call write(file) on a file beside `path`, then rename: a kill leaves the old one or the new."""
+    """Call write(file) on a file beside `path`, then rename: a kill leaves one of the two."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         write(file)
@@ -485,7 +485,7 @@ def validate(run, config):
     require(run.threads >= 1, "threads", positive)
     for name in ("subgoal_steps", "batch_size", "hidden", "policy_delay", "update_every"):
         require(getattr(config, name) >= 1, name, positive)
-    for name in ("discount", "tau"):
+    for name in ("discount", "tau", "high_tau"):
         require(getattr(config, name) <= 1, name, "must be between 0 and 1")
     for name in ("low_actor_lr", "low_critic_lr", "high_actor_lr", "high_critic_lr"):
         require(getattr(config, name) > 0, name, "must be positive")
