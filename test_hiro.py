@@ -1,8 +1,14 @@
 """Tests in the paper's order; each oracle is a naive loop or a number worked out in the test."""
 
+import csv
+import dataclasses
+import io
 import math
+import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import gymnasium
 import mujoco
@@ -19,6 +25,7 @@ from hiro import HIRO, PRESETS, HIROConfig, goal_transition, intrinsic_reward
 from td3 import TD3
 
 torch.set_num_threads(1)
+HERE = pathlib.Path(__file__).resolve().parent
 
 
 def randn(*shape, seed=0):
@@ -773,8 +780,6 @@ def test_seeded_reset_is_reproducible_and_state_is_complete(name):
 
 def make_after(name, state):
     """The same continuation from a saved state that went through a file."""
-    import io
-
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -987,3 +992,353 @@ def test_gather_rewards_removes_and_ends__B():
         env.data.qpos[2] = height
         env.data.qvel[2] = 0
         assert env._task_step()[1] == dead
+
+
+# ------------------------------------------------------------ train.py
+
+
+@pytest.fixture
+def run_train(capsys):
+    """python train.py ... in this process: exit status, stdout, stderr."""
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*args):
+        code = 0
+        try:
+            train.main([str(arg) for arg in args])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    yield run
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+
+
+QUICK = ("--hidden", 16, "--batch-size", 8, "--start-steps", 100, "--eval-episodes", 2)
+
+
+def rows_without_time(folder):
+    with open(folder / "progress.csv") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def final_state(folder):
+    state = torch.load(train.checkpoints(folder)[0], weights_only=True)
+    del state["seconds"], state["progress"]
+    return state
+
+
+def test_same_seed_same_run_and_another_seed_another(tmp_path, run_train):
+    args = ("--env", "PointMaze", "--total-steps", 400, "--eval-every", 150, *QUICK)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run_train(*args, "--seed", seed, "--run-dir", tmp_path / name)[0] == 0
+    a, b, c = (rows_without_time(tmp_path / name) for name in "abc")
+    assert [row["step"] for row in a] == ["150", "300", "400"]
+    assert a == b and a != c
+    assert_same(final_state(tmp_path / "a"), final_state(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_a_short_run_ends_cleanly_and_leaves_its_files(name, tmp_path, run_train):
+    for num_envs in (1, 4):
+        folder = tmp_path / str(num_envs)
+        code, out, err = run_train(
+            *("--env", name, "--total-steps", 240, "--num-envs", num_envs, "--run-dir", folder),
+            *QUICK,
+        )
+        assert (code, err) == (0, "")
+        files = {path.name for path in folder.iterdir()}
+        assert {"config.json", "progress.csv", "policy.pt"} <= files
+        (row,) = rows_without_time(folder)
+        assert row["step"] == "240" and 0 <= float(row["relabelled"]) <= 1
+        shares = [float(row[f"chosen_{k}"]) for k in range(10)]
+        assert math.isclose(sum(shares), 1, abs_tol=1e-4)
+        assert math.isclose(1 - shares[0], float(row["relabelled"]), abs_tol=1e-5)
+        policy = torch.load(folder / "policy.pt", weights_only=True)
+        assert policy["env"] == name and {"latest", "best"} <= policy.keys()
+    code, out, err = run_train("--eval-only", folder / "policy.pt", "--eval-episodes", 2)
+    assert (code, err) == (0, "") and "success_rate" in out and "distance" in out
+
+
+def test_paper_preset_is_appendix_C_and_the_authors_code():
+    run, config = train.configs(train.parse(["--env", "AntPush", "--preset", "paper"]))
+    expected = {
+        "units": "raw",
+        "subgoal_steps": 10,
+        "discount": 0.99,
+        "tau": 0.005,
+        "high_tau": 0.005,
+        "batch_size": 100,
+        "hidden": 300,
+        "low_noise": 1.0,
+        "high_noise": 1.0,
+        "policy_noise": 0.2,
+        "noise_clip": 0.5,
+        "policy_delay": 2,
+        "low_actor_lr": 1e-4,
+        "low_critic_lr": 1e-3,
+        "high_actor_lr": 1e-4,
+        "high_critic_lr": 1e-3,
+        "low_reward_scale": 1.0,
+        "high_reward_scale": 0.1,
+        "low_buffer_size": 200_000,
+        "high_buffer_size": 200_000,
+        "start_steps": 2_500,
+        "uniform_start": False,
+        "update_every": 1,
+        "correction": True,
+        "num_candidates": 10,
+        "candidate_center": 1.0,
+        "candidate_spread": 0.5,
+    }
+    assert dataclasses.asdict(config) == expected
+    assert (run.eval_every, run.eval_episodes, run.num_envs, run.total_steps) == (
+        50_000,
+        50,
+        1,
+        10**7,
+    )
+    agent = HIRO(tasks.AntPush, config)
+    assert (agent.high.actor.state_scale == 1).all() and (agent.high.critic.scale == 1).all()
+    assert (agent.low.critic.scale == torch.tensor([1.0] * 43 + [30.0] * 8)).all()
+    assert agent.high.max_action.tolist() == tasks.AntPush.subgoal_scale.tolist()
+    torch.testing.assert_close(agent.high.policy_noise, torch.full((15,), 0.2))
+    torch.testing.assert_close(agent.low.noise_clip, torch.full((8,), 0.5 / 30))
+
+
+def test_flags_come_from_the_dataclasses_and_are_forgiving(run_train):
+    given = train.parse(
+        ["--total_steps", "1e6", "--no-correction", "--low-noise=0.5", "--env=AntFall"]
+    )
+    assert given == {"total_steps": 10**6, "correction": False, "low_noise": 0.5, "env": "AntFall"}
+    command = [sys.executable, "train.py", "--help"]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=True).stdout
+    for config in (HIROConfig, train.RunConfig):
+        for field in dataclasses.fields(config):
+            assert "--" + field.name.replace("_", "-") in out
+
+
+@pytest.mark.parametrize("name", ["td3", "buffers", "relabel", "envs"])
+def test_each_leaf_can_be_copied_alone(name):
+    others = {"td3", "buffers", "relabel", "envs", "hiro", "train"} - {name}
+    code = f"import sys; sys.modules.update(dict.fromkeys({sorted(others)!r})); import {name}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
+
+
+# ------------------------------------------------------------ never lose a run
+
+TRAINING = ("--total-steps", 700, "--eval-every", 200, "--checkpoint-every", 150, *QUICK)
+
+
+def interrupted(folder, args, after, how):
+    """Start or resume a run, interrupt it once its newest checkpoint is at step >= after."""
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *map(str, args)], cwd=HERE, stdout=subprocess.DEVNULL
+    )
+    while process.poll() is None:
+        saved = train.checkpoints(folder)
+        if saved and int(saved[0].stem.split("_")[1]) >= after:
+            process.send_signal(how)
+            break
+        time.sleep(0.002)
+    process.wait()
+
+
+@pytest.mark.parametrize("name, num_envs", [("PointMaze", 1), ("AntPush", 1), ("PointMaze", 3)])
+def test_an_interrupted_run_equals_an_uninterrupted_one(name, num_envs, tmp_path, run_train):
+    args = ("--env", name, "--num-envs", num_envs, *TRAINING)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run_train(*args, "--run-dir", whole)[0] == 0
+    interrupted(broken, (*args, "--run-dir", broken), 150, signal.SIGKILL)
+    interrupted(broken, ("--resume", broken), 300, signal.SIGTERM)
+    code, _, err = run_train("--resume", broken)
+    assert code == 0, err
+    assert rows_without_time(broken) == rows_without_time(whole)
+    assert_same(final_state(broken), final_state(whole))
+    policies = [torch.load(f / "policy.pt", weights_only=True) for f in (broken, whole)]
+    assert_same(*policies)
+
+
+def test_killed_between_evaluation_and_checkpoint__no_row_twice(tmp_path, monkeypatch, run_train):
+    """The evaluation at 200 is written, the checkpoint at 300 is not: that row is lived again."""
+    args = ("--env", "PointMaze", *TRAINING)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run_train(*args, "--run-dir", whole)[0] == 0
+
+    class Killed(BaseException):
+        pass
+
+    original = train.Training.save
+
+    def save(self):
+        if self.step == 300:
+            raise Killed
+        original(self)
+
+    monkeypatch.setattr(train.Training, "save", save)
+    with pytest.raises(Killed):
+        train.main([*map(str, args), "--run-dir", str(broken)])
+    monkeypatch.undo()
+    assert [row["step"] for row in rows_without_time(broken)] == ["200"]
+    assert run_train("--resume", broken)[0] == 0
+    assert rows_without_time(broken) == rows_without_time(whole)
+    assert_same(final_state(broken), final_state(whole))
+
+
+def test_two_checkpoints_are_kept_and_a_damaged_newest_one_falls_back(tmp_path, run_train):
+    args = ("--env", "PointMaze", *TRAINING)
+    assert run_train(*args, "--run-dir", tmp_path / "whole")[0] == 0
+    broken = tmp_path / "broken"
+    interrupted(broken, (*args, "--run-dir", broken), 450, signal.SIGKILL)
+    newest, older = train.checkpoints(broken)
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    code, out, err = run_train("--resume", broken)
+    assert code == 0 and newest.name in err and "trying the one before" in err
+    assert err.count("\n") == 1 and "resumed at step" in out
+    assert rows_without_time(broken) == rows_without_time(tmp_path / "whole")
+    for path in train.checkpoints(broken):
+        path.write_bytes(b"damaged")
+    code, _, err = run_train("--resume", broken)
+    assert code == 2 and "no readable checkpoint" in err
+
+
+def test_training_goes_on_after_its_end_with_more_steps(tmp_path, run_train):
+    args = ("--env", "PointMaze", *TRAINING)
+    assert run_train(*args, "--run-dir", tmp_path / "whole")[0] == 0
+    half = tmp_path / "half"
+    changed = [300 if arg == 700 else arg for arg in args]
+    assert run_train(*changed, "--run-dir", half)[0] == 0
+    assert run_train("--resume", half, "--total-steps", 700)[0] == 0
+    # the shorter run evaluated at its end, step 300; that row is its own and stays
+    rows = [row for row in rows_without_time(half) if row["step"] != "300"]
+    assert [row["step"] for row in rows] == ["200", "400", "600", "700"]
+    assert rows[0] == rows_without_time(tmp_path / "whole")[0]
+
+
+@pytest.mark.parametrize("quantity", ["action", "state", "low_q"])
+def test_anything_not_finite_stops_training_in_one_line(quantity, tmp_path, monkeypatch, capsys):
+    if quantity == "action":
+        monkeypatch.setattr(HIRO, "act", lambda self, obs, **_: np.full((1, 2), np.nan, np.float32))
+    elif quantity == "state":
+        state = tasks.PointMaze._state
+        monkeypatch.setattr(
+            tasks.PointMaze, "_state", lambda env: state(env) + (np.nan if env.steps == 160 else 0)
+        )
+    else:
+        update = HIRO.update_low
+        monkeypatch.setattr(
+            HIRO, "update_low", lambda agent: {**update(agent), "q": torch.tensor(math.nan)}
+        )
+    args = ("--env", "PointMaze", *TRAINING, "--run-dir", tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(arg) for arg in args])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    assert f"{quantity} is not finite" in err and "step" in err and "checkpoint" in err
+    if quantity == "state":
+        assert "checkpoint_000000000150.pt" in err
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing_saved(tmp_path, run_train):
+    """A limit on the size of files stands for the full disk: writing fails half way through."""
+    folder = tmp_path / "run"
+    args = ["--env", "PointMaze", "--run-dir", folder, *TRAINING]
+    code = (
+        "import resource, signal, sys, train; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); save = train.Training.save\n"
+        "def limited(self):\n"
+        "    if self.step >= 450: resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))\n"
+        "    save(self)\n"
+        f"train.Training.save = limited; train.main({[str(a) for a in args]!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "File too large" in done.stderr
+    assert [int(p.stem.split("_")[1]) for p in train.checkpoints(folder)] == [300, 150]
+    code, out, _ = run_train("--resume", folder)
+    assert code == 0 and "resumed at step 300" in out
+
+
+def test_simulator_warnings_are_counted():
+    env = make("AntMaze")
+    env.reset(seed=0)
+    assert env.step(np.zeros(8))[4]["simulator_warnings"] == 0
+    env.data.qvel[0] = 1e12  # MuJoCo: huge value in QVEL
+    assert env.step(np.zeros(8))[4]["simulator_warnings"] >= 1
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory):
+    """A finished run that the bad inputs can point at."""
+    folder = tmp_path_factory.mktemp("bad") / "run"
+    train.main(["--env", "PointMaze", "--run-dir", str(folder), *map(str, TRAINING)])
+    torch.save({"weights": torch.zeros(3)}, folder.parent / "foreign.pt")
+    (folder.parent / "text.pt").write_text("not a policy")
+    (folder.parent / "full").mkdir()
+    (folder.parent / "full" / "file").write_text("something")
+    return folder
+
+
+POINT = "--env PointMaze "
+BAD_INPUTS = {
+    "": "AntMaze, AntPush, AntFall, AntGather, PointMaze",
+    "--env AntMoze": "AntMaze, AntPush, AntFall, AntGather, PointMaze",
+    "--env": "expected one argument",
+    POINT + "--total-steps 0": "must be at least 1",
+    POINT + "--total-steps -5": "must not be negative",
+    POINT + "--total-steps 1.5": "not a whole number",
+    POINT + "--total-steps many": "invalid whole number",
+    POINT + "--total-steps inf": "whole number",
+    POINT + "--seed -1": "must not be negative",
+    POINT + "--seed 0.5": "not a whole number",
+    POINT + "--eval-every 0": "must be at least 1",
+    POINT + "--eval-episodes 0": "must be at least 1",
+    POINT + "--checkpoint-every 0": "must be at least 1",
+    POINT + "--num-envs 0": "must be at least 1",
+    POINT + "--threads 0": "must be at least 1",
+    POINT + "--batch-size 0": "must be at least 1",
+    POINT + "--batch-size 300000": "200000",
+    POINT + "--subgoal-steps 0": "must be at least 1",
+    POINT + "--num-candidates 1": "must be at least 2",
+    POINT + "--update-every 0": "must be at least 1",
+    POINT + "--hidden 2.5": "not a whole number",
+    POINT + "--discount 1.5": "between 0 and 1",
+    POINT + "--tau nan": "must",
+    POINT + "--low-noise -0.1": "must not be negative",
+    POINT + "--low-actor-lr 0": "must be positive",
+    POINT + "--units metres": "range, raw",
+    POINT + "--preset td4": "paper",
+    POINT + "--device cuda": "use cpu",
+    POINT + "--device tpu": "cpu, cuda",
+    POINT + "--bath-size 100": "did you mean --batch-size?",
+    POINT + "extra": "unknown argument extra",
+    POINT + "--run-dir {bad}/full": "not empty",
+    POINT + "--run-dir {bad}/text.pt/run": "Not a directory",
+    "--resume {bad}/nothing": "no run here",
+    "--resume {run} --env AntMaze": "--env AntMaze differs",
+    "--resume {run} --tau 0.1": "--tau 0.1 differs",
+    "--resume {run} --no-correction": "--correction False differs",
+    "--resume {run} --seed 5": "--seed 5 differs",
+    "--eval-only {bad}/nothing.pt": "no such policy",
+    "--eval-only {bad}/text.pt": "not a readable policy",
+    "--eval-only {bad}/foreign.pt": "not a policy.pt",
+    "--eval-only {run}/policy.pt --env AntPush": "a policy for PointMaze",
+    "--eval-only {run}/policy.pt --eval-episodes 0": "must be at least 1",
+    "--eval-only {run}/policy.pt --which worst": "best",
+}
+
+
+@pytest.mark.parametrize("line", BAD_INPUTS)
+def test_bad_input_gets_one_line_and_status_2(line, a_run, capsys, monkeypatch):
+    if "cuda" in line and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.chdir(a_run.parent)
+    before = sorted(a_run.parent.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        train.main(line.format(bad=a_run.parent, run=a_run).split())
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert err.startswith("train.py: ") and err.count("\n") == 1, err
+    assert BAD_INPUTS[line] in err and out == ""
+    assert sorted(a_run.parent.rglob("*")) == before, "nothing on disk is touched"

@@ -129,11 +129,17 @@ def evaluate(agent, envs, episodes, seed):
 def write_atomically(path, write):
     """Call write(file) on a file beside `path`, then rename: a kill leaves one of the two."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        temporary.unlink(missing_ok=True)
+        reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0]
+        raise UserError(f"cannot write {path}: {reason}; what was saved before is whole") from None
 
 
 def checkpoints(folder):
@@ -396,7 +402,7 @@ def number(kind):
     def parse(text):
         value = float(text)
         if kind is int:
-            if value != int(value):
+            if not value.is_integer():
                 raise argparse.ArgumentTypeError(f"{text} is not a whole number")
             return int(value)
         return value
