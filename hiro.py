@@ -61,8 +61,8 @@ class HIROConfig:
     policy_delay: int = option(2, "critic updates per update of actor and targets")
     low_actor_lr: float = option(3e-4, "Adam step size (C.2)")
     low_critic_lr: float = option(3e-4, "Adam step size (C.2)")
-    high_actor_lr: float = option(1e-4, "Adam step size (C.2)")
-    high_critic_lr: float = option(1e-3, "Adam step size (C.2)")
+    high_actor_lr: float = option(1e-3, "Adam step size (C.2)")
+    high_critic_lr: float = option(3e-3, "Adam step size (C.2)")
     low_reward_scale: float = option(1.0, "factor on the intrinsic reward (C.2)")
     high_reward_scale: float = option(0.1, "factor on the environment's reward (C.2)")
     low_buffer_size: int = option(200_000, "low-level transitions kept (C.2)")
@@ -87,6 +87,8 @@ PRESETS = {
         high_noise=1.0,
         low_actor_lr=1e-4,
         low_critic_lr=1e-3,
+        high_actor_lr=1e-4,
+        high_critic_lr=1e-3,
         start_steps=2_500,
         uniform_start=False,
     ),

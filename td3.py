@@ -7,6 +7,7 @@ states, actions and rewards are tensors with a leading batch dimension.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 
 def mlp(inputs, outputs, hidden):
@@ -20,6 +21,21 @@ def mlp(inputs, outputs, hidden):
         nn.init.uniform_(layer.weight, -bound, bound)
         nn.init.zeros_(layer.bias)
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+
+
+def flatten(module):
+    """Move a module's weights into one vector, so that Adam and target updates are one call each.
+
+    returns  the vector; the module's parameters and their gradients are views of it and its grad
+    """
+    parameters = list(module.parameters())
+    vector = parameters_to_vector(parameters).detach()
+    vector_to_parameters(vector, parameters)
+    vector.grad = torch.zeros_like(vector)
+    parts = vector.grad.split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+    return vector
 
 
 class Actor(nn.Module):
@@ -97,9 +113,10 @@ class TD3:
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.actor_target.requires_grad_(False)
         self.critic_target.requires_grad_(False)
-        # fused: one pass over all parameters, the same arithmetic
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), actor_lr, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), critic_lr, fused=True)
+        networks = self.actor, self.critic, self.actor_target, self.critic_target
+        self.weights = [flatten(network) for network in networks]
+        self.actor_optimizer = torch.optim.Adam(self.weights[:1], actor_lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.weights[1:2], critic_lr, fused=True)
 
         self.max_action = self.actor.max_action
         self.discount, self.tau, self.policy_delay = discount, tau, policy_delay
@@ -136,7 +153,7 @@ class TD3:
         target = self.target_q(batch["reward"], batch["next_state"], batch["terminated"])
         q1, q2 = self.critic(batch["state"], batch["action"])
         critic_loss = F.huber_loss(q1, target) + F.huber_loss(q2, target)
-        self.critic_optimizer.zero_grad()
+        self.critic_optimizer.zero_grad(set_to_none=False)
         critic_loss.backward()
         self.critic_optimizer.step()
         metrics = {"q": q1.detach().mean(), "critic_loss": critic_loss.detach()}
@@ -145,7 +162,7 @@ class TD3:
             self.critic.requires_grad_(False)  # the actor's gradient passes through, nothing stays
             action = self.actor(batch["state"])
             actor_loss = -self.critic.q1(batch["state"], action).mean()
-            self.actor_optimizer.zero_grad()
+            self.actor_optimizer.zero_grad(set_to_none=False)
             actor_loss.backward()
             self.actor_optimizer.step()
             self.critic.requires_grad_(True)
@@ -156,10 +173,10 @@ class TD3:
 
     @torch.no_grad()
     def _move_targets(self):
-        """theta' <- theta' + tau (theta - theta'), all tensors in one call."""
-        online = [*self.actor.parameters(), *self.critic.parameters()]
-        target = [*self.actor_target.parameters(), *self.critic_target.parameters()]
-        torch._foreach_lerp_(target, online, self.tau)
+        """theta' <- theta' + tau (theta - theta')."""
+        actor, critic, actor_target, critic_target = self.weights
+        actor_target.lerp_(actor, self.tau)
+        critic_target.lerp_(critic, self.tau)
 
     PARTS = (
         "actor",
