@@ -5,6 +5,7 @@ import dataclasses
 import io
 import math
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -1145,26 +1146,44 @@ def interrupted(folder, args, after, how):
     process.wait()
 
 
-@pytest.mark.parametrize("name, num_envs", [("PointMaze", 1), ("AntPush", 1), ("PointMaze", 3)])
-def test_an_interrupted_run_equals_an_uninterrupted_one(name, num_envs, tmp_path, run_train):
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A PointMaze run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train.main(["--env", "PointMaze", "--run-dir", str(folder), *map(str, TRAINING)])
+    return folder
+
+
+def assert_same_run(folder, whole):
+    """The same CSV (time aside), weights, optimizers, buffers, generators and policy.pt."""
+    assert rows_without_time(folder) == rows_without_time(whole)
+    assert_same(final_state(folder), final_state(whole))
+    policies = [torch.load(f / "policy.pt", weights_only=True) for f in (folder, whole)]
+    assert_same(*policies)
+
+
+@pytest.mark.parametrize("name, num_envs", [("PointMaze", 1), ("PointMaze", 3), ("AntPush", 1)])
+def test_an_interrupted_run_equals_an_uninterrupted_one(
+    name, num_envs, tmp_path, run_train, whole_run
+):
     args = ("--env", name, "--num-envs", num_envs, *TRAINING)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run_train(*args, "--run-dir", whole)[0] == 0
+    if name == "AntPush":
+        args += ("--eval-every", 350, "--eval-episodes", 1)
+    whole, broken = whole_run, tmp_path / "broken"
+    if (name, num_envs) != ("PointMaze", 1):
+        whole = tmp_path / "whole"
+        assert run_train(*args, "--run-dir", whole)[0] == 0
     interrupted(broken, (*args, "--run-dir", broken), 150, signal.SIGKILL)
     interrupted(broken, ("--resume", broken), 300, signal.SIGTERM)
     code, _, err = run_train("--resume", broken)
     assert code == 0, err
-    assert rows_without_time(broken) == rows_without_time(whole)
-    assert_same(final_state(broken), final_state(whole))
-    policies = [torch.load(f / "policy.pt", weights_only=True) for f in (broken, whole)]
-    assert_same(*policies)
+    assert_same_run(broken, whole)
 
 
-def test_killed_between_evaluation_and_checkpoint__no_row_twice(tmp_path, monkeypatch, run_train):
+def test_killed_between_evaluation_and_checkpoint__no_row_twice(
+    tmp_path, monkeypatch, run_train, whole_run
+):
     """The evaluation at 200 is written, the checkpoint at 300 is not: that row is lived again."""
-    args = ("--env", "PointMaze", *TRAINING)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run_train(*args, "--run-dir", whole)[0] == 0
 
     class Killed(BaseException):
         pass
@@ -1178,42 +1197,37 @@ def test_killed_between_evaluation_and_checkpoint__no_row_twice(tmp_path, monkey
 
     monkeypatch.setattr(train.Training, "save", save)
     with pytest.raises(Killed):
-        train.main([*map(str, args), "--run-dir", str(broken)])
+        run_train("--env", "PointMaze", *TRAINING, "--run-dir", tmp_path / "run")
     monkeypatch.undo()
-    assert [row["step"] for row in rows_without_time(broken)] == ["200"]
-    assert run_train("--resume", broken)[0] == 0
-    assert rows_without_time(broken) == rows_without_time(whole)
-    assert_same(final_state(broken), final_state(whole))
+    assert [row["step"] for row in rows_without_time(tmp_path / "run")] == ["200"]
+    assert run_train("--resume", tmp_path / "run")[0] == 0
+    assert_same_run(tmp_path / "run", whole_run)
 
 
-def test_two_checkpoints_are_kept_and_a_damaged_newest_one_falls_back(tmp_path, run_train):
-    args = ("--env", "PointMaze", *TRAINING)
-    assert run_train(*args, "--run-dir", tmp_path / "whole")[0] == 0
-    broken = tmp_path / "broken"
-    interrupted(broken, (*args, "--run-dir", broken), 450, signal.SIGKILL)
-    newest, older = train.checkpoints(broken)
+def test_two_checkpoints_are_kept_and_a_damaged_newest_one_falls_back(
+    tmp_path, run_train, whole_run
+):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    newest, older = train.checkpoints(folder)
     newest.write_bytes(newest.read_bytes()[:-1000])
-    code, out, err = run_train("--resume", broken)
+    code, out, err = run_train("--resume", folder)
     assert code == 0 and newest.name in err and "trying the one before" in err
-    assert err.count("\n") == 1 and "resumed at step" in out
-    assert rows_without_time(broken) == rows_without_time(tmp_path / "whole")
-    for path in train.checkpoints(broken):
+    assert err.count("\n") == 1 and "resumed at step 600" in out
+    assert_same_run(folder, whole_run)
+    for path in train.checkpoints(folder):
         path.write_bytes(b"damaged")
-    code, _, err = run_train("--resume", broken)
+    code, _, err = run_train("--resume", folder)
     assert code == 2 and "no readable checkpoint" in err
 
 
-def test_training_goes_on_after_its_end_with_more_steps(tmp_path, run_train):
-    args = ("--env", "PointMaze", *TRAINING)
-    assert run_train(*args, "--run-dir", tmp_path / "whole")[0] == 0
-    half = tmp_path / "half"
-    changed = [300 if arg == 700 else arg for arg in args]
-    assert run_train(*changed, "--run-dir", half)[0] == 0
-    assert run_train("--resume", half, "--total-steps", 700)[0] == 0
-    # the shorter run evaluated at its end, step 300; that row is its own and stays
-    rows = [row for row in rows_without_time(half) if row["step"] != "300"]
-    assert [row["step"] for row in rows] == ["200", "400", "600", "700"]
-    assert rows[0] == rows_without_time(tmp_path / "whole")[0]
+def test_a_finished_run_goes_on_with_more_steps(tmp_path, run_train, whole_run):
+    shorter = [300 if arg == 700 else arg for arg in TRAINING]
+    assert run_train("--env", "PointMaze", *shorter, "--run-dir", tmp_path / "run")[0] == 0
+    assert run_train("--resume", tmp_path / "run", "--total-steps", 700)[0] == 0
+    steps = [row["step"] for row in rows_without_time(tmp_path / "run")]
+    assert steps == ["200", "300", "400", "600", "700"]  # 300: the shorter run's last evaluation
+    assert_same(final_state(tmp_path / "run")["agent"], final_state(whole_run)["agent"])
 
 
 @pytest.mark.parametrize("quantity", ["action", "state", "low_q"])
@@ -1269,10 +1283,10 @@ def test_simulator_warnings_are_counted():
 
 
 @pytest.fixture(scope="module")
-def a_run(tmp_path_factory):
+def a_run(tmp_path_factory, whole_run):
     """A finished run that the bad inputs can point at."""
     folder = tmp_path_factory.mktemp("bad") / "run"
-    train.main(["--env", "PointMaze", "--run-dir", str(folder), *map(str, TRAINING)])
+    shutil.copytree(whole_run, folder)
     torch.save({"weights": torch.zeros(3)}, folder.parent / "foreign.pt")
     (folder.parent / "text.pt").write_text("not a policy")
     (folder.parent / "full").mkdir()
@@ -1342,3 +1356,54 @@ def test_bad_input_gets_one_line_and_status_2(line, a_run, capsys, monkeypatch):
     assert err.startswith("train.py: ") and err.count("\n") == 1, err
     assert BAD_INPUTS[line] in err and out == ""
     assert sorted(a_run.parent.rglob("*")) == before, "nothing on disk is touched"
+
+
+# ------------------------------------------------------------ slow: pytest -m slow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_point_maze_is_learned_within_twenty_minutes(seed, tmp_path):
+    command = [sys.executable, "train.py", "--env", "PointMaze", "--seed", str(seed)]
+    command += ["--eval-every", "10000", "--run-dir", str(tmp_path / "run")]
+    subprocess.run(command, cwd=HERE, timeout=2 * 3600, check=True)
+    with open(tmp_path / "run" / "progress.csv") as file:
+        rows = list(csv.DictReader(file))
+    solved = [row for row in rows if float(row["success_rate"]) >= 0.9]
+    assert solved and float(solved[0]["seconds"]) < 20 * 60
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_nothing(tmp_path, run_train, whole_run):
+    """SIGKILL whenever it falls; every checkpoint stays readable and the run ends as if alone."""
+    folder = tmp_path / "run"
+    first = ("--env", "PointMaze", *TRAINING, "--checkpoint-every", 20, "--run-dir", folder)
+    rng = np.random.default_rng(0)
+    progress = []
+    for _ in range(20):
+        started = (folder / "config.json").exists() and train.checkpoints(folder)
+        if not started:
+            shutil.rmtree(folder, ignore_errors=True)
+        args = ("--resume", folder) if started else first
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *map(str, args)], cwd=HERE, stdout=subprocess.DEVNULL
+        )
+        before = progress[-1] if progress else 0
+        deadline = time.monotonic() + 60
+        while step_of(folder) <= before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)  # wait for the run to make a step forward, then any moment will do
+        time.sleep(rng.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in train.checkpoints(folder):
+            torch.load(path, weights_only=True)
+        progress.append(step_of(folder))
+    assert progress == sorted(progress) and progress[0] > 0
+    assert run_train("--resume", folder)[0] == 0
+    assert rows_without_time(folder) == rows_without_time(whole_run)
+    assert_same(final_state(folder), final_state(whole_run))
+
+
+def step_of(folder):
+    saved = train.checkpoints(folder)
+    return int(saved[0].stem.split("_")[1]) if saved else 0

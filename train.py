@@ -253,7 +253,6 @@ class Training:
             *("simulator_warnings", *chosen),
         ]
         self.progress = Progress(folder, self.columns)
-        self.progress.start(",".join(self.columns) + "\n")
 
     def train(self):
         """The loop of the paper: act, step, store, learn; now and then evaluate and save."""
@@ -530,7 +529,9 @@ def start(given):
     print(text, flush=True)
     write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
     prepare(run)
-    return Training(run, config, folder)
+    training = Training(run, config, folder)
+    training.progress.start(",".join(training.columns) + "\n")
+    return training
 
 
 def resume(given):
