@@ -20,7 +20,8 @@ def mlp(inputs, outputs, hidden):
         bound = 0.003 if layer is layers[-1] else layer.in_features**-0.5
         nn.init.uniform_(layer.weight, -bound, bound)
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    relu = nn.ReLU(inplace=True)
+    return nn.Sequential(layers[0], relu, layers[1], relu, layers[2])
 
 
 def flatten(module):

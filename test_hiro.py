@@ -615,8 +615,8 @@ def test_evaluation_asks_the_high_level_every_c_steps_without_noise__C_4(tmp_pat
 
     agent.high_action = counting
     train.evaluate(agent, train.make_envs(run, 2, evaluate=True), 2, seed=0)
-    # at t = 0, 10, ..., 190, and at 200 for the subgoal behind the last step
-    assert calls == [(False, False)] * 21
+    # at t = 0, 10, ..., 290, and at 300 for the subgoal behind the last step
+    assert calls == [(False, False)] * 31
 
 
 def test_gradient_steps_follow_environment_steps__C_2(tmp_path):

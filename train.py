@@ -1,7 +1,9 @@
 """Train and evaluate HIRO: python train.py --env AntMaze. See --help, and README.md."""
 
 import argparse
+import contextlib
 import csv
+import ctypes
 import dataclasses
 import difflib
 import io
@@ -508,6 +510,10 @@ def validate(run, config):
 def prepare(run):
     torch.set_num_threads(run.threads)
     torch.set_flush_denormal(True)  # Adam's decaying moments would slow the CPU down a lot
+    with contextlib.suppress(OSError, AttributeError):  # where there is no glibc, it need not learn
+        mallopt = ctypes.CDLL("libc.so.6").mallopt  # to keep large blocks rather than hand them
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD     # back to the kernel after every operation
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
 
 
 def start(given):
