@@ -14,6 +14,7 @@ What HIRO must know of a task stands in its class attributes:
 """
 
 import os
+import sys
 
 import gymnasium
 import mujoco
@@ -102,12 +103,14 @@ class AntMaze(gymnasium.Env):
         floor = WALL if "~" in cells.values() else 0.0  # a chasm needs something to be cut into
         spec.body("torso").pos[2] += floor
 
-        self.walls, self.blocks = [], []  # centres [x, y], for drawings
+        self.walls, self.blocks, self.chasm = [], [], []  # centres [x, y], for drawings
         for (column, row), cell in cells.items():
             x, y = CELL * (column - start[0]), CELL * (row - start[1])
             if floor and cell != "~":
                 add_box(spec.worldbody, (x, y, floor / 2), rgba=(0.75, 0.75, 0.7, 1))
-            if cell == "#":
+            if cell == "~":
+                self.chasm.append((x, y))
+            elif cell == "#":
                 self.walls.append((x, y))
                 add_box(spec.worldbody, (x, y, floor + WALL / 2), rgba=(0.45, 0.5, 0.6, 1))
             elif cell in "BZ":
@@ -193,6 +196,12 @@ class AntMaze(gymnasium.Env):
     def _observation(self):
         return np.concatenate([self._state(), self.target]).astype(np.float32)
 
+    @property
+    def block_places(self):
+        """Where the blocks are now, [blocks, 2], m."""
+        places = [self.data.body("block").xpos[:2].copy()] if self.blocks else []
+        return np.array(places).reshape(-1, 2)
+
     # ------------------------------------------------------------------ save, restore, look
 
     def get_state(self):
@@ -226,6 +235,8 @@ class AntMaze(gymnasium.Env):
             gymnasium.logger.warn("render() needs an environment made with a render_mode.")
             return None
         if self.renderer is None:
+            if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+                os.environ.setdefault("MUJOCO_GL", "egl")  # off-screen, on a machine with no screen
             from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 
             centre = np.array([*np.mean(self.walls, axis=0), 0.0]) if self.walls else np.zeros(3)

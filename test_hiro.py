@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import math
+import os
 import pathlib
 import shutil
 import signal
@@ -720,17 +721,17 @@ def test_gymnasium_s_checker_has_nothing_to_say(name):
     assert len(env.subgoal_scale) <= env.state_dim <= len(env.observation_scale)
 
 
-def can_render():
+@pytest.fixture(scope="session")
+def off_screen():
+    """Skips where OpenGL cannot draw without a screen."""
     code = "import mujoco; mujoco.GLContext(8, 8).make_current()"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True)
-    return result.returncode == 0
+    env = {**os.environ, "MUJOCO_GL": "egl"}
+    if subprocess.run([sys.executable, "-c", code], capture_output=True, env=env).returncode:
+        pytest.skip("no off-screen OpenGL on this machine")
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
-def test_rgb_array_shows_the_scene(name, monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "egl")
-    if not can_render():
-        pytest.skip("no off-screen OpenGL on this machine")
+def test_rgb_array_shows_the_scene(name, off_screen):
     env = make(name, render_mode="rgb_array", width=120, height=90)
     env.reset(seed=0)
     image = env.render()
@@ -1289,6 +1290,8 @@ def a_run(tmp_path_factory, whole_run):
     shutil.copytree(whole_run, folder)
     torch.save({"weights": torch.zeros(3)}, folder.parent / "foreign.pt")
     (folder.parent / "text.pt").write_text("not a policy")
+    (folder.parent / "broken").mkdir()
+    (folder.parent / "broken" / "config.json").write_text("{")
     (folder.parent / "full").mkdir()
     (folder.parent / "full" / "file").write_text("something")
     return folder
@@ -1340,6 +1343,10 @@ BAD_INPUTS = {
     "--eval-only {run}/policy.pt --env AntPush": "a policy for PointMaze",
     "--eval-only {run}/policy.pt --eval-episodes 0": "must be at least 1",
     "--eval-only {run}/policy.pt --which worst": "best",
+    "--eval-only {run}/policy.pt --plot {bad}/nowhere/a.png": "no such folder",
+    POINT + "--render": "--render goes with --eval-only",
+    "--resume {bad}/full": "no run here",
+    "--resume {bad}/broken": "config.json is damaged",
 }
 
 
@@ -1356,6 +1363,54 @@ def test_bad_input_gets_one_line_and_status_2(line, a_run, capsys, monkeypatch):
     assert err.startswith("train.py: ") and err.count("\n") == 1, err
     assert BAD_INPUTS[line] in err and out == ""
     assert sorted(a_run.parent.rglob("*")) == before, "nothing on disk is touched"
+
+
+# ------------------------------------------------------------ see what it learns
+
+
+def test_trajectories_are_drawn_from_the_episodes_that_were_counted(
+    whole_run, run_train, tmp_path, monkeypatch
+):
+    pytest.importorskip("matplotlib")
+    from results import plot
+
+    drawn = []
+    original = plot.trajectories
+    monkeypatch.setattr(plot, "trajectories", lambda *a: drawn.append(a) or original(*a))
+    args = ("--eval-only", whole_run / "policy.pt", "--eval-episodes", 3)
+    code, out, err = run_train(*args, "--plot", tmp_path / "paths.png")
+    assert code == 0, err
+    assert (tmp_path / "paths.png").read_bytes()[:4] == b"\x89PNG"
+    _, env, episodes = drawn[0]
+    distances = []
+    for episode in episodes:
+        assert episode["path"].shape == (300, 2) and episode["subgoals"].shape == (30, 2)
+        assert np.array_equal(episode["path"][::10], episode["origins"])
+        distances.append(np.linalg.norm(episode["path"][-1] - env.target))
+    reported = float(out.split("distance")[1].split()[0])
+    assert math.isclose(np.mean(distances), reported, abs_tol=0.5)  # one step before the last
+
+
+def test_curves_are_drawn_from_csv_files_even_torn_ones(whole_run, tmp_path):
+    pytest.importorskip("matplotlib")
+    from results import plot
+
+    folder = tmp_path / "PointMaze"
+    for seed in range(2):
+        (folder / f"seed{seed}").mkdir(parents=True)
+        text = (whole_run / "progress.csv").read_text()
+        (folder / f"seed{seed}" / "progress.csv").write_text(text + seed * "900,0,0.")
+    groups = plot.find([folder])
+    assert [len(run["step"]) for run in groups["PointMaze"]] == [4, 4]
+    plot.main([str(folder)])
+    assert (folder / "curves.png").exists() and (folder / "curves.svg").exists()
+
+
+def test_a_video_shows_an_episode(whole_run, run_train, tmp_path, off_screen):
+    args = ("--eval-only", whole_run / "policy.pt", "--eval-episodes", 1)
+    code, _, err = run_train(*args, "--video", tmp_path / "film.gif")
+    assert code == 0, err
+    assert (tmp_path / "film.gif").read_bytes()[:3] == b"GIF"
 
 
 # ------------------------------------------------------------ slow: pytest -m slow

@@ -80,17 +80,22 @@ def reset_done(envs, obs, done):
 # ---------------------------------------------------------------------- evaluation
 
 
-def play(agent, envs, seed):
-    """One episode in each of N environments, without noise: a list of N result dicts."""
+def play(agent, envs, seed, watch=None):
+    """One episode in each of N environments, without noise: a list of N result dicts.
+
+    watch  called before every step t as watch(t, obs [N, obs], subgoal [N, d])
+    """
     n, c = envs.num_envs, agent.config.subgoal_steps
     hierarchy = Hierarchy(agent, n)
     totals = {name: np.zeros(n) for name in ("return", "intrinsic_return", "subgoal_progress")}
     results = [None] * n
     obs, _ = envs.reset(seed=seed)
     steps = 0
-    while any(result is None for result in results):
+    while None in results:
         action = hierarchy.act(agent.tensor(obs), explore=False).cpu().numpy()
         subgoal = hierarchy.subgoal.cpu().numpy()
+        if watch:
+            watch(steps, obs, subgoal)
         next_obs, reward, terminated, truncated, info = envs.step(action)
         steps += 1
         intrinsic = intrinsic_reward(obs, subgoal, next_obs)
@@ -100,16 +105,23 @@ def play(agent, envs, seed):
         done = terminated | truncated
         for i in np.flatnonzero(done):
             if results[i] is None:
-                result = {name: total[i] for name, total in totals.items()}
-                result["subgoal_progress"] *= c / steps
-                result["success_rate"] = float(info["is_success"][i])
-                result["distance"] = info["distance"][i]
-                results[i] = result
-        hierarchy.advance(
-            agent.tensor(obs), agent.tensor(next_obs), agent.tensor(done, torch.bool), False
-        )
+                results[i] = {name: float(total[i]) for name, total in totals.items()}
+                results[i]["steps"] = steps
+                results[i]["subgoal_progress"] *= c / steps
+                results[i]["success_rate"] = float(info["is_success"][i])
+                results[i]["distance"] = float(info["distance"][i])
+        after = agent.tensor(next_obs), agent.tensor(done, torch.bool)
+        hierarchy.advance(agent.tensor(obs), *after, explore=False)
         obs = reset_done(envs, next_obs, done)
     return results
+
+
+def rollouts(agent, envs, episodes, seed, watch=None):
+    """A list of `episodes` result dicts, as many at a time as there are environments."""
+    results = []
+    while len(results) < episodes:
+        results += play(agent, envs, seed + len(results), watch)
+    return results[:episodes]
 
 
 def evaluate(agent, envs, episodes, seed):
@@ -118,11 +130,12 @@ def evaluate(agent, envs, episodes, seed):
     returns  success_rate (at the last step), return, distance (final, m), intrinsic_return,
              subgoal_progress (how much nearer to its subgoal a segment ends, about metres)
     """
-    results = []
-    while len(results) < episodes:
-        results += play(agent, envs, seed + len(results))
-    results = results[:episodes]
-    return {name: float(np.mean([r[name] for r in results])) for name in results[0]}
+    return mean(rollouts(agent, envs, episodes, seed))
+
+
+def mean(results):
+    names = ("success_rate", "return", "distance", "intrinsic_return", "subgoal_progress")
+    return {name: float(np.mean([result[name] for result in results])) for name in names}
 
 
 # ---------------------------------------------------------------------- the run's files
@@ -422,6 +435,11 @@ def build_parser():
     parser.add_argument("--preset", choices=list(PRESETS), help="hyperparameters (default: td3)")
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue a run exactly")
     parser.add_argument("--eval-only", metavar="POLICY", help="evaluate a policy.pt, train nothing")
+    parser.add_argument("--plot", metavar="PNG", help="with --eval-only: paths seen from above")
+    parser.add_argument(
+        "--video", metavar="FILE", help="with --eval-only: one episode, .gif or .mp4"
+    )
+    parser.add_argument("--render", action="store_true", help="with --eval-only: in a window")
     parser.add_argument("--which", choices=["best", "latest"], help="of policy.pt (default: best)")
     for title, config in (("run", RunConfig), ("algorithm", HIROConfig)):
         group = parser.add_argument_group(title)
@@ -545,8 +563,11 @@ def resume(given):
     folder = pathlib.Path(given.pop("resume"))
     if not (folder / "config.json").is_file():
         raise UserError(f"--resume {folder}: no run here (config.json is missing)")
-    saved = json.loads((folder / "config.json").read_text())
-    before = {"preset": saved["preset"], **saved["run"], **saved["algorithm"]}
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        before = {"preset": saved["preset"], **saved["run"], **saved["algorithm"]}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--resume {folder}: config.json is damaged") from None
     for name, value in given.items():
         if name not in MAY_CHANGE and value != before.get(name, value):
             flag = "--" + name.replace("_", "-")
@@ -559,6 +580,8 @@ def resume(given):
     for path in checkpoints(folder):
         try:
             state = load(path, "checkpoint")
+            if state.get("format") != "hiro checkpoint 1":
+                raise UserError(f"{path}: not a checkpoint of this program")
             break
         except UserError as error:
             print(f"{error}; trying the one before", file=sys.stderr)
@@ -572,23 +595,88 @@ def resume(given):
 
 
 def eval_only(given):
-    """Print what a saved policy achieves."""
-    path = given.pop("eval_only")
+    """Print what a saved policy achieves; draw, film or show it if asked to."""
+    path, figure, film = given.pop("eval_only"), given.pop("plot", None), given.pop("video", None)
+    show = given.pop("render", False)
     policy = load(path, "policy")
     if not isinstance(policy, dict) or policy.get("format") != "hiro policy 1":
         raise UserError(f"--eval-only {path}: not a policy.pt of this program")
     if given.get("env", policy["env"]) != policy["env"]:
         raise UserError(f"--eval-only {path} is a policy for {policy['env']}, not {given['env']}")
+    for flag, file in (("--plot", figure), ("--video", film)):
+        if file and not pathlib.Path(file).absolute().parent.is_dir():
+            raise UserError(f"{flag} {file}: there is no such folder")
     run, config = configs({"env": policy["env"], **given, **policy["config"]})
     prepare(run)
     agent = HIRO(tasks.TASKS[run.env], config, seed=run.seed, device=run.device)
     chosen = policy[given.get("which", "best")]
     agent.load_policy_dict(chosen)
-    envs = make_envs(run, min(run.eval_episodes, EVAL_COPIES), evaluate=True)
-    result = evaluate(agent, envs, run.eval_episodes, seed=run.seed)
     print(f"{run.env}, trained for {chosen['step']:,} steps, {run.eval_episodes} episodes")
-    for name, value in result.items():
+
+    copies = 1 if show else min(run.eval_episodes, EVAL_COPIES)
+    envs = make_envs(run, copies, evaluate=True, render_mode="human" if show else None)
+    watch = mark_subgoal(envs) if show else None
+    if figure:
+        from results import plot
+
+        watch = plot.Trace(envs, config.subgoal_steps)
+    with rendering():
+        results = rollouts(agent, envs, run.eval_episodes, run.seed, watch)
+    for name, value in mean(results).items():
         print(f"{name:>18} {value:10.3f}")
+    if figure:
+        plot.trajectories(figure, tasks.TASKS[run.env](evaluate=True), watch.episodes(results))
+        print(figure)
+    if film:
+        make_video(agent, run, film)
+        print(film)
+
+
+def mark_subgoal(envs, after=lambda env: None):
+    """A watch() for one environment that marks where the current subgoal lies."""
+    env = envs.envs[0].unwrapped
+
+    def watch(t, obs, subgoal):
+        place = np.append(obs[0, :2] + subgoal[0, :2], 0.5)
+        env.markers = [tasks.sphere(place, 0.4, (0.2, 0.4, 0.9, 0.8))]
+        after(env)
+
+    return watch
+
+
+def make_video(agent, run, path):
+    """One episode from above: the target in green, the current subgoal in blue."""
+    import imageio
+
+    size = dict(width=640, height=640)
+    envs = make_envs(run, 1, evaluate=True, render_mode="rgb_array", **size)
+    frames = []
+    with rendering():
+        play(agent, envs, run.seed, mark_subgoal(envs, lambda env: frames.append(env.render())))
+        envs.close()
+    try:
+        imageio.mimwrite(path, frames, fps=20)
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        hint = "for .mp4: pip install imageio[ffmpeg]; .gif needs nothing more"
+        raise UserError(f"--video {path}: {reason} ({hint})") from None
+
+
+@contextlib.contextmanager
+def rendering():
+    """Turn what OpenGL, or its absence, throws into one line."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not is_graphics_error(error):
+            raise
+        hint = "install EGL or OSMesa for --video, use a screen for --render; see MUJOCO_GL"
+        raise UserError(f"cannot render here ({hint})") from None
+
+
+def is_graphics_error(error):
+    words = f"{type(error).__module__} {type(error).__name__} {error}".lower()
+    return any(word in words for word in ("opengl", "egl", "glfw", "osmesa", "video_mode", "gl/"))
 
 
 def main(argv=None):
@@ -596,6 +684,8 @@ def main(argv=None):
         given = parse(sys.argv[1:] if argv is None else argv)
         if "eval_only" in given:
             return eval_only(given)
+        for flag in {"plot", "video", "render", "which"} & given.keys():
+            raise UserError(f"--{flag} goes with --eval-only POLICY")
         training = resume(given) if "resume" in given else start(given)
 
         def stop(*_):
@@ -607,6 +697,8 @@ def main(argv=None):
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OSError as error:
         print(f"train.py: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
