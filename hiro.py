@@ -49,9 +49,10 @@ class HIROConfig:
 
     units: str = option("range", "what networks see and noise is measured in: range or raw")
     subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)")
-    discount: float = option(0.99, "gamma: per step (low) and per c steps (high) (C.2)")
-    tau: float = option(0.005, "tau: how far targets move at a delayed update, low level (C.2)")
-    high_tau: float = option(0.05, "tau of the high level (C.2: .005)")
+    low_discount: float = option(0.95, "gamma, per step (C.2: .99)")
+    high_discount: float = option(0.99, "gamma, per c steps (C.2)")
+    low_tau: float = option(0.005, "tau: how far targets move at a delayed update (C.2)")
+    high_tau: float = option(0.05, "tau: how far targets move at a delayed update (C.2: .005)")
     batch_size: int = option(100, "transitions per gradient step, both levels")
     hidden: int = option(300, "units in each of the two hidden layers (C.1)")
     low_noise: float = option(0.2, "sigma: exploration of the low level (C.2)")
@@ -81,6 +82,7 @@ class HIROConfig:
 PRESETS = {
     "td3": {},
     "paper": dict(
+        low_discount=0.99,
         high_tau=0.005,
         units="raw",
         low_noise=1.0,
@@ -172,10 +174,10 @@ class HIRO:
             high = dict(state_scale=torch.ones(obs_dim), action_scale=torch.ones(d))
             low_unit, high_unit = one / task.action_unit, torch.ones(d)
 
-        def learner(level, unit, tau, actor_lr, critic_lr, max_action):
+        def learner(level, unit, discount, tau, actor_lr, critic_lr, max_action):
             return TD3(
                 max_action=max_action,
-                discount=config.discount,
+                discount=discount,
                 tau=tau,
                 policy_noise=config.policy_noise * unit,
                 noise_clip=config.noise_clip * unit,
@@ -191,11 +193,18 @@ class HIRO:
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self.low = learner(
-                low, low_unit, config.tau, config.low_actor_lr, config.low_critic_lr, one
+                low,
+                low_unit,
+                config.low_discount,
+                config.low_tau,
+                config.low_actor_lr,
+                config.low_critic_lr,
+                one,
             )
             self.high = learner(
                 high,
                 high_unit,
+                config.high_discount,
                 config.high_tau,
                 config.high_actor_lr,
                 config.high_critic_lr,

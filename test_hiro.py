@@ -1068,8 +1068,9 @@ def test_paper_preset_is_appendix_C_and_the_authors_code():
     expected = {
         "units": "raw",
         "subgoal_steps": 10,
-        "discount": 0.99,
-        "tau": 0.005,
+        "low_discount": 0.99,
+        "high_discount": 0.99,
+        "low_tau": 0.005,
         "high_tau": 0.005,
         "batch_size": 100,
         "hidden": 300,
@@ -1114,6 +1115,8 @@ def test_flags_come_from_the_dataclasses_and_are_forgiving(run_train):
         ["--total_steps", "1e6", "--no-correction", "--low-noise=0.5", "--env=AntFall"]
     )
     assert given == {"total_steps": 10**6, "correction": False, "low_noise": 0.5, "env": "AntFall"}
+    given = train.parse(["--discount", "0.9", "--low-discount", "0.8"])
+    assert given == {"high_discount": 0.9, "low_discount": 0.8}
     command = [sys.executable, "train.py", "--help"]
     out = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=True).stdout
     for config in (HIROConfig, train.RunConfig):
@@ -1334,7 +1337,7 @@ BAD_INPUTS = {
     POINT + "--run-dir {bad}/text.pt/run": "Not a directory",
     "--resume {bad}/nothing": "no run here",
     "--resume {run} --env AntMaze": "--env AntMaze differs",
-    "--resume {run} --tau 0.1": "--tau 0.1 differs",
+    "--resume {run} --tau 0.1": "tau 0.1 differs",
     "--resume {run} --no-correction": "--correction False differs",
     "--resume {run} --seed 5": "--seed 5 differs",
     "--eval-only {bad}/nothing.pt": "no such policy",

@@ -46,6 +46,7 @@ class RunConfig:
     run_dir: str = option(None, "output folder (default: runs/<env>_seed<seed>_<time>)")
 
 
+BOTH_LEVELS = ("discount", "tau")  # flags that set the low and the high level's
 MAY_CHANGE = ("total_steps", "eval_every", "eval_episodes", "checkpoint_every")  # on --resume
 
 
@@ -441,6 +442,8 @@ def build_parser():
     )
     parser.add_argument("--render", action="store_true", help="with --eval-only: in a window")
     parser.add_argument("--which", choices=["best", "latest"], help="of policy.pt (default: best)")
+    for name in BOTH_LEVELS:
+        parser.add_argument(f"--{name}", type=number(float), help=f"--low-{name} and --high-{name}")
     for title, config in (("run", RunConfig), ("algorithm", HIROConfig)):
         group = parser.add_argument_group(title)
         for field in dataclasses.fields(config):
@@ -471,7 +474,12 @@ def parse(argv):
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         raise UserError(f"unknown argument {unknown[0]}{hint}")
-    return vars(known)
+    given = vars(known)
+    for name in BOTH_LEVELS:
+        if name in given:
+            value = given.pop(name)
+            given = {f"low_{name}": value, f"high_{name}": value, **given}
+    return given
 
 
 def configs(given):
@@ -510,7 +518,7 @@ def validate(run, config):
     require(run.threads >= 1, "threads", positive)
     for name in ("subgoal_steps", "batch_size", "hidden", "policy_delay", "update_every"):
         require(getattr(config, name) >= 1, name, positive)
-    for name in ("discount", "tau", "high_tau"):
+    for name in ("low_discount", "high_discount", "low_tau", "high_tau"):
         require(getattr(config, name) <= 1, name, "must be between 0 and 1")
     for name in ("low_actor_lr", "low_critic_lr", "high_actor_lr", "high_critic_lr"):
         require(getattr(config, name) > 0, name, "must be positive")

@@ -1,0 +1,64 @@
+"""The low level alone on an open floor: how far does it walk where it is told?
+
+python results/walk.py POLICY ...   policy.pt files of the ant tasks
+
+Every c steps a fresh subgoal of `reach` metres in one of eight directions, nothing asked of the
+other dimensions, for 200 steps (20 s); printed is the progress in that direction, in metres.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from envs import TASKS, AntMaze
+from hiro import HIRO, HIROConfig, goal_transition
+
+
+class OpenFloor(AntMaze):
+    maze = "\nR"
+
+
+def walk(agent, reach=10.0, steps=200, directions=8, seed=0):
+    """Progress [directions] along each commanded direction, m."""
+    progress = []
+    for k in range(directions):
+        angle = 2 * np.pi * k / directions
+        heading = np.array([np.cos(angle), np.sin(angle)])
+        command = np.zeros((1, len(agent.subgoal_scale)), np.float32)
+        command[0, :2] = reach * heading
+        env = OpenFloor()
+        obs, _ = env.reset(seed=seed + k)
+        start = obs[:2].copy()
+        for t in range(steps):
+            if t % agent.config.subgoal_steps == 0:
+                subgoal = command
+            low_obs, low_subgoal = agent.tensor(obs[None]), agent.tensor(subgoal)
+            action = agent.low_action(low_obs, low_subgoal, explore=False)
+            next_obs, *_ = env.step(action[0].numpy())
+            subgoal = goal_transition(obs[None], subgoal, next_obs[None])
+            obs = next_obs
+        progress.append(float((obs[:2] - start) @ heading))
+    return np.array(progress)
+
+
+def main(paths):
+    torch.set_num_threads(1)
+    for path in paths:
+        policy = torch.load(path, weights_only=True)
+        agent = HIRO(TASKS[policy["env"]], HIROConfig(**policy["config"]))
+        for which in ("latest", "best"):
+            agent.load_policy_dict(policy[which])
+            for reach in (10.0, 3.0):
+                metres = walk(agent, reach)
+                print(
+                    f"{path} {which} at {policy[which]['step']:,}: told {reach:.0f} m, "
+                    f"mean {metres.mean():.1f} m in 20 s ({' '.join(f'{m:.1f}' for m in metres)})"
+                )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
