@@ -304,7 +304,7 @@ class AntGather(AntMaze):
     observation_scale = np.append(AntMaze.state_scale, np.ones(20)).astype(np.float32)
     maze = "\nR"
     num_each = 8
-    bins, reach = 10, 6.0  # Differs 10: the paper gives neither the readings nor the cost of dying
+    bins, reach = 10, 6.0  # Differs 11: the paper gives neither the readings nor the cost of dying
 
     def _build(self):
         spec = super()._build()

@@ -49,25 +49,33 @@ class HIROConfig:
 
     units: str = option("range", "what networks see and noise is measured in: range or raw")
     subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)")
+    # Differs 5 and 6: a shorter horizon below, faster targets above
     low_discount: float = option(0.95, "gamma, per step (C.2: .99)")
     high_discount: float = option(0.99, "gamma, per c steps (C.2)")
     low_tau: float = option(0.005, "tau: how far targets move at a delayed update (C.2)")
     high_tau: float = option(0.05, "tau: how far targets move at a delayed update (C.2: .005)")
     batch_size: int = option(100, "transitions per gradient step, both levels")
     hidden: int = option(300, "units in each of the two hidden layers (C.1)")
+    # Differs 2: noise in fractions of the range
     low_noise: float = option(0.2, "sigma: exploration of the low level (C.2)")
     high_noise: float = option(0.2, "sigma: exploration of the high level (C.2)")
     policy_noise: float = option(0.2, "std of the target policy smoothing, both levels")
     noise_clip: float = option(0.5, "clip of the target policy smoothing, both levels")
     policy_delay: int = option(2, "critic updates per update of actor and targets")
+    # Differs 4 and 6: step sizes
     low_actor_lr: float = option(3e-4, "Adam step size (C.2)")
     low_critic_lr: float = option(3e-4, "Adam step size (C.2)")
     high_actor_lr: float = option(1e-3, "Adam step size (C.2)")
     high_critic_lr: float = option(3e-3, "Adam step size (C.2)")
     low_reward_scale: float = option(1.0, "factor on the intrinsic reward (C.2)")
     high_reward_scale: float = option(0.1, "factor on the environment's reward (C.2)")
+    carry_subgoal: bool = option(
+        True,
+        "at a segment's end the low level's g_{t+1} is still h(s, g, s'), not the fresh subgoal",
+    )
     low_buffer_size: int = option(200_000, "low-level transitions kept (C.2)")
     high_buffer_size: int = option(200_000, "high-level transitions kept (C.2)")
+    # Differs 3: a uniformly random start
     start_steps: int = option(10_000, "environment steps before the first update")
     uniform_start: bool = option(True, "until then act uniformly at random, at both levels")
     update_every: int = option(
@@ -82,6 +90,7 @@ class HIROConfig:
 PRESETS = {
     "td3": {},
     "paper": dict(
+        carry_subgoal=False,
         low_discount=0.99,
         high_tau=0.005,
         units="raw",
@@ -108,7 +117,7 @@ class Hierarchy:
 
     def act(self, obs, explore, random=False):
         """Low-level actions [N, A]; at the start of an episode the high level acts first."""
-        if self.starting.any():
+        if self.starting.any():  # Differs 7: no first step with subgoal 0
             fresh = self.agent.high_action(obs, explore, random)
             self.subgoal = torch.where(self.starting[:, None], fresh, self.subgoal)
             self.starting = torch.zeros_like(self.starting)
@@ -319,6 +328,8 @@ class HIRO:
         segment["reward"] = torch.where(first, reward, segment["reward"] + reward)
 
         next_subgoal = self.hierarchy.advance(obs, next_obs, done, explore=True, random=random)
+        if self.config.carry_subgoal:  # Differs 5: a future without the high level's surprises
+            next_subgoal = goal_transition(state, subgoal, next_state)
         self.low_buffer.add(
             state=state,
             subgoal=subgoal,
@@ -365,7 +376,7 @@ class HIRO:
 
     def correct(self, batch):
         """The off-policy correction on a sampled high-level batch: subgoal [B, d], index [B]."""
-        # bfloat16 products: only the best of ten likelihoods is asked for
+        # Differs 12: bfloat16 products; only the best of ten likelihoods is asked for
         with torch.autocast(self.device.type, torch.bfloat16):
             return relabel(
                 self.low_policy,

@@ -478,12 +478,15 @@ def clock_task(monkeypatch):
     gymnasium.registry.pop("hiro/Clock-v0")
 
 
+@pytest.mark.parametrize("carry", [False, True], ids=["authors", "carried_on"])
 @pytest.mark.parametrize("random", [False, True], ids=["policies", "uniform_start"])
 @pytest.mark.parametrize("num_envs", [1, 3])
-def test_both_buffers_hold_exactly_the_expected_tuples__3_1(clock_task, tmp_path, num_envs, random):
+def test_both_buffers_hold_exactly_the_expected_tuples__3_1(
+    clock_task, tmp_path, num_envs, random, carry
+):
     ClockTask.logs = []
     c = 5
-    config = small(subgoal_steps=c, start_steps=10**6, uniform_start=random)
+    config = small(subgoal_steps=c, start_steps=10**6, uniform_start=random, carry_subgoal=carry)
     run = train.RunConfig(
         env="Clock", total_steps=70 * num_envs, num_envs=num_envs, eval_episodes=1
     )
@@ -507,11 +510,11 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(clock_task, tmp_path
             assert row["terminated"] == terminated
             miss = obs[:2] + row["subgoal"].numpy() - next_obs[:2]
             assert math.isclose(row["reward"], -np.linalg.norm(miss), rel_tol=1e-5)
-            if time > 0:  # what was stored as g_{t+1} is what was used next
+            if time > 0 and not (carry and time % c == 0):  # the stored g_{t+1} is the one used
                 assert torch.equal(row["subgoal"], subgoals[i])
             else:
                 assert subgoals.get(i) is None or not torch.equal(row["subgoal"], subgoals[i])
-            if (time + 1) % c:  # h between two decisions of the high level
+            if (time + 1) % c or carry:  # h between two decisions of the high level
                 torch.testing.assert_close(row["next_subgoal"], torch.from_numpy(miss))
             else:  # a fresh, explored subgoal at a boundary, the episode's last one included
                 assert (row["next_subgoal"].abs() <= agent.subgoal_scale).all()
@@ -1068,6 +1071,7 @@ def test_paper_preset_is_appendix_C_and_the_authors_code():
     expected = {
         "units": "raw",
         "subgoal_steps": 10,
+        "carry_subgoal": False,
         "low_discount": 0.99,
         "high_discount": 0.99,
         "low_tau": 0.005,

@@ -201,13 +201,7 @@ class Progress:
         self.path = folder / "progress.csv"
         self.columns = columns
         self.success_rate = math.nan
-        self.writer = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(folder)
-        except ImportError:
-            pass
+        self.writer = None  # of TensorBoard scalars
         print("  ".join(f"{name:>16}" for name in (*self.TABLE, "steps_per_second")), flush=True)
 
     def start(self, text):
@@ -222,7 +216,12 @@ class Progress:
         self.success_rate = row["success_rate"]
         cells = [f"{row[name]:>16}" for name in self.TABLE]
         print(clear_line() + "  ".join([*cells, f"{speed:>16.0f}"]), flush=True)
-        if self.writer:
+        with contextlib.suppress(ImportError):  # TensorBoard is welcome, not required
+            if self.writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                # purge: rows that a resumed run lives again replace those of the first time
+                self.writer = SummaryWriter(self.path.parent, purge_step=row["step"])
             for name, value in row.items():
                 self.writer.add_scalar(name, value, row["step"])
             self.writer.flush()
