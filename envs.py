@@ -379,7 +379,7 @@ class PointMaze(AntMaze):
     subgoal_scale = np.array([5, 5], np.float32)
     observation_scale = np.array([0.1, 0.1, 0.2, 0.2, 1, 0.1, 0.1], np.float32)
     action_unit = 4.0
-    total_steps = 200_000
+    total_steps = 100_000
     max_steps = 300
 
     def _robot(self):
