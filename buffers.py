@@ -52,7 +52,7 @@ class ReplayBuffer:
         return self._split(self.storage[index])
 
     def rows(self):
-        """All rows written, oldest slot first, as a dict like a sample's."""
+        """All rows written, in the order of their slots, as a dict like a sample's."""
         return self._split(self.storage[: len(self)])
 
     def _split(self, flat):

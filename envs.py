@@ -10,6 +10,7 @@ What HIRO must know of a task stands in its class attributes:
     low_blind          entries at the front of the state that the low level never sees (x and y)
     observation_scale  [obs] factor that brings each observation entry to order one
     action_unit        what action 1.0 means: torque (ant) or m/s (point)
+    score              what makes one policy better than another: success_rate or return
     total_steps        environment steps of one training run
 """
 
@@ -48,6 +49,7 @@ class AntMaze(gymnasium.Env):
     state_scale = np.array([0.1, 0.1] + [1.0] * 13 + [0.2] * 14 + [1.0], np.float32)
     observation_scale = np.append(state_scale, [0.1, 0.1]).astype(np.float32)
     action_unit = 30.0
+    score = "success_rate"
     total_steps = 10_000_000
 
     maze = """
@@ -302,6 +304,7 @@ class AntGather(AntMaze):
     """
 
     observation_scale = np.append(AntMaze.state_scale, np.ones(20)).astype(np.float32)
+    score = "return"
     maze = "\nR"
     num_each = 8
     bins, reach = 10, 6.0  # Differs 11: the paper gives neither the readings nor the cost of dying

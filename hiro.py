@@ -126,8 +126,8 @@ class Hierarchy:
     def advance(self, obs, next_obs, done, explore, random=False):
         """The next subgoals g_{t+1} [N, d]: h within a segment, a fresh one every c steps.
 
-        This runs after the step and before anything is stored, so the g_{t+1} that is stored is
-        the one that is acted on.
+        This runs after the step and before anything is stored, so that the g_{t+1} to store is
+        known.
         """
         self.clock = (self.clock + 1) % self.agent.config.subgoal_steps
         self.subgoal = goal_transition(obs, self.subgoal, next_obs)
@@ -164,12 +164,12 @@ class HIRO:
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.state_dim, self.low_blind = task.state_dim, task.low_blind
-        self.subgoal_scale = torch.as_tensor(task.subgoal_scale, device=self.device)
+        self.subgoal_scale = torch.tensor(task.subgoal_scale, device=self.device)
         obs_dim, action_dim = len(task.observation_scale), task.action_dim
         d, c = len(task.subgoal_scale), config.subgoal_steps
 
-        observation_scale = torch.as_tensor(task.observation_scale)
-        subgoal_scale = torch.as_tensor(task.subgoal_scale)
+        observation_scale = torch.tensor(task.observation_scale)
+        subgoal_scale = torch.tensor(task.subgoal_scale)
         one = torch.ones(action_dim)
         low_scale = torch.cat(
             [observation_scale[self.low_blind : self.state_dim], 1 / subgoal_scale]

@@ -48,8 +48,9 @@ class Actor(nn.Module):
 
     def __init__(self, max_action, state_scale, hidden=300):
         super().__init__()
-        self.register_buffer("max_action", torch.as_tensor(max_action, dtype=torch.float32))
-        self.register_buffer("state_scale", torch.as_tensor(state_scale, dtype=torch.float32))
+        for name, value in (("max_action", max_action), ("state_scale", state_scale)):
+            value = torch.as_tensor(value, dtype=torch.float32)
+            self.register_buffer(name, value.clone())  # loading weights must not write to others
         self.net = mlp(len(self.state_scale), len(self.max_action), hidden)
 
     def forward(self, state):

@@ -2,7 +2,9 @@
 
 import csv
 import dataclasses
+import importlib.util
 import io
+import json
 import math
 import os
 import pathlib
@@ -434,7 +436,7 @@ class ClockTask(gymnasium.Env):
     state_dim, action_dim, low_blind = 4, 2, 2
     subgoal_scale = np.array([3.0, 5.0], np.float32)
     observation_scale = np.ones(5, np.float32)
-    action_unit, total_steps = 1.0, 100
+    action_unit, total_steps, score = 1.0, 100, "success_rate"
     logs = []
 
     def __init__(self, evaluate=False, render_mode=None):
@@ -478,14 +480,14 @@ def clock_task(monkeypatch):
     gymnasium.registry.pop("hiro/Clock-v0")
 
 
+@pytest.mark.parametrize("c", [5, 6], ids=["c_divides_the_episode", "c_does_not"])
 @pytest.mark.parametrize("carry", [False, True], ids=["authors", "carried_on"])
 @pytest.mark.parametrize("random", [False, True], ids=["policies", "uniform_start"])
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_both_buffers_hold_exactly_the_expected_tuples__3_1(
-    clock_task, tmp_path, num_envs, random, carry
+    clock_task, tmp_path, num_envs, random, carry, c
 ):
     ClockTask.logs = []
-    c = 5
     config = small(subgoal_steps=c, start_steps=10**6, uniform_start=random, carry_subgoal=carry)
     run = train.RunConfig(
         env="Clock", total_steps=70 * num_envs, num_envs=num_envs, eval_episodes=1
@@ -527,10 +529,11 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(
             current["steps"].append(logs[i][t])
             current["end"] = t, i
 
+    # full, terminated, or cut off at time 20
     complete = [
         s
         for s in segments
-        if len(s["steps"]) == c or s["steps"][-1][5]  # full or terminated
+        if len(s["steps"]) == c or s["steps"][-1][5] or s["steps"][-1][4][0] == 20
     ]
     complete.sort(key=lambda s: s["end"])
     high = agent.high_buffer.rows()
@@ -551,6 +554,101 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(
         assert row["next_state"].tolist() == steps[-1][4].tolist()
         assert row["terminated"] == steps[-1][5]
     assert lengths > {c}, "some segments must be short"
+
+
+def test_actions_follow_the_stored_subgoal_and_subgoals_the_state_they_are_set_in__3_1(
+    clock_task, tmp_path
+):
+    """Without noise every stored action and subgoal is the policy's own answer."""
+    ClockTask.logs = []
+    config = small(subgoal_steps=5, start_steps=10**6, uniform_start=False, low_noise=0.0)
+    config.high_noise = 0.0
+    run = train.RunConfig(env="Clock", total_steps=120, num_envs=2, eval_episodes=1)
+    training = train.Training(run, config, tmp_path)
+    training.progress.start("")
+    training.save = lambda: None
+    with torch.no_grad():  # fresh actors answer about 0 to everything
+        for level in (training.agent.low, training.agent.high):
+            for p in level.actor.parameters():
+                p.copy_(0.3 * randn(*p.shape, seed=3))
+    training.train()
+    agent = training.agent
+    low, high = agent.low_buffer.rows(), agent.high_buffer.rows()
+    answer = agent.low_action(low["state"], low["subgoal"], explore=False)
+    torch.testing.assert_close(low["action"], answer)
+    elsewhere = agent.low_action(low["state"], 0 * low["subgoal"], explore=False)
+    assert not torch.allclose(low["action"], elsewhere)
+    torch.testing.assert_close(high["subgoal"], agent.high_action(high["state"], explore=False))
+    assert len(high["subgoal"].unique(dim=0)) > len(high["subgoal"]) // 4
+
+
+def test_low_update_pairs_next_state_with_next_subgoal__3_1():
+    agent = HIRO(tasks.PointMaze, small())
+    fields = enumerate(agent.low_buffer.fields.items())
+    rows = {name: randn(50, *shape, seed=i) for i, (name, shape) in fields}
+    agent.low_buffer.add(**rows)
+    seen = []
+    agent.low.update = lambda batch: seen.append(batch) or {}
+    agent.update_low()
+    batch = seen[0]
+    row = (rows["reward"][None] == batch["reward"][:, None]).int().argmax(1)
+    for state, subgoal in (("state", "subgoal"), ("next_state", "next_subgoal")):
+        expected = torch.cat([rows[state][row][:, 2:], rows[subgoal][row]], 1)
+        assert torch.equal(batch[state], expected)
+    for name in ("action", "terminated"):
+        assert torch.equal(batch[name], rows[name][row])
+
+
+def test_correction_ignores_what_lies_behind_a_short_segment__3_3():
+    agent = HIRO(tasks.PointMaze, small())
+    with torch.no_grad():
+        for p in agent.low.actor.parameters():
+            p.copy_(0.3 * randn(*p.shape, seed=3))
+    batch = {name: randn(64, *shape) for name, shape in agent.high_buffer.fields.items()}
+    batch["mask"] = (torch.arange(10) < 3).float().expand(64, 10)
+    index = []
+    for actions in (batch["actions"], batch["actions"] * batch["mask"][..., None]):
+        agent.generator.manual_seed(0)
+        index.append(agent.correct({**batch, "actions": actions})[1])
+    assert torch.equal(*index) and len(index[0].unique()) > 3
+
+
+def test_each_level_gets_its_own_hyperparameters__C_2():
+    config = HIROConfig(
+        **dict(low_discount=0.1, high_discount=0.2, low_tau=0.3, high_tau=0.4),
+        **dict(low_actor_lr=1.0, low_critic_lr=2.0, high_actor_lr=3.0, high_critic_lr=4.0),
+        **dict(policy_delay=5, hidden=8),
+    )
+    agent = HIRO(tasks.AntMaze, config)
+    for level, discount, tau, actor_lr, critic_lr in (
+        (agent.low, 0.1, 0.3, 1.0, 2.0),
+        (agent.high, 0.2, 0.4, 3.0, 4.0),
+    ):
+        assert (level.discount, level.tau, level.policy_delay) == (discount, tau, 5)
+        assert level.actor_optimizer.param_groups[0]["lr"] == actor_lr
+        assert level.critic_optimizer.param_groups[0]["lr"] == critic_lr
+
+
+def test_uniform_start_fills_both_ranges():
+    agent = HIRO(tasks.AntMaze, small())
+    obs = torch.zeros(20_000, 32)
+    for draw, scale in (
+        (agent.low_action(obs, torch.zeros(20_000, 15), True, random=True), torch.ones(8)),
+        (agent.high_action(obs, True, random=True), agent.subgoal_scale),
+    ):
+        assert (draw.abs() <= scale).all()
+        quartiles = torch.quantile(draw / scale, torch.tensor([0.25, 0.5, 0.75]), dim=0)
+        expected = torch.tensor([-0.5, 0.0, 0.5])[:, None].expand_as(quartiles)
+        torch.testing.assert_close(quartiles, expected, atol=0.03, rtol=0)
+
+
+def test_loading_a_policy_leaves_the_task_s_ranges_alone():
+    before = tasks.PointMaze.subgoal_scale.copy()
+    agent = HIRO(tasks.PointMaze, small())
+    policy = agent.policy_dict()
+    policy["high"]["max_action"] *= 2
+    agent.load_policy_dict(policy)
+    assert np.array_equal(tasks.PointMaze.subgoal_scale, before)
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
@@ -584,6 +682,24 @@ def assert_same(a, b, path=""):
         assert np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True), path
     else:
         assert a == b or (a != a and b != b), path
+
+
+def test_more_episodes_than_copies_and_copies_that_end_early__C_4(monkeypatch):
+    """Two copies, three episodes; the ball of copy 0 dies early, and its numbers stop there."""
+    run = train.RunConfig(env="PointMaze")
+    agent = HIRO(tasks.PointMaze, small())
+    envs = train.make_envs(run, 2, evaluate=True)
+    points = [env.unwrapped for env in envs.envs]
+    for point in points:
+        point.max_steps = 7
+    monkeypatch.setattr(points[0], "_task_step", lambda: (-1.0, points[0].steps == 4))
+    monkeypatch.setattr(points[1], "_task_step", lambda: (-1.0, False))
+    seeds = []
+    reset = points[0].reset
+    monkeypatch.setattr(points[0], "reset", lambda **kw: seeds.append(kw["seed"]) or reset(**kw))
+    results = train.rollouts(agent, envs, 3, seed=5)
+    assert [(r["steps"], r["return"]) for r in results] == [(4, -4.0), (7, -7.0), (4, -4.0)]
+    assert [seed for seed in seeds if seed is not None] == [5, 7]
 
 
 def test_evaluation_counts_success_at_the_last_step_only__C_4(monkeypatch, tmp_path):
@@ -1137,21 +1253,24 @@ def test_each_leaf_can_be_copied_alone(name):
 
 # ------------------------------------------------------------ never lose a run
 
-TRAINING = ("--total-steps", 700, "--eval-every", 200, "--checkpoint-every", 150, *QUICK)
+TRAINING = ("--total-steps", 900, "--eval-every", 200, "--checkpoint-every", 150, *QUICK)
 
 
 def interrupted(folder, args, after, how):
-    """Start or resume a run, interrupt it once its newest checkpoint is at step >= after."""
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *map(str, args)], cwd=HERE, stdout=subprocess.DEVNULL
-    )
-    while process.poll() is None:
-        saved = train.checkpoints(folder)
-        if saved and int(saved[0].stem.split("_")[1]) >= after:
-            process.send_signal(how)
-            break
+    """Start or resume a run and interrupt it once its newest checkpoint is at step >= after."""
+    command = [sys.executable, "train.py", *map(str, args)]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and step_of(folder) < after:
         time.sleep(0.002)
-    process.wait()
+    assert process.poll() is None, "the run ended before it could be interrupted"
+    process.send_signal(how)
+    out = process.communicate()[0]
+    return process.returncode, out
+
+
+def step_of(folder):
+    saved = train.checkpoints(folder)
+    return int(saved[0].stem.split("_")[1]) if saved else 0
 
 
 @pytest.fixture(scope="module")
@@ -1181,8 +1300,11 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
     if (name, num_envs) != ("PointMaze", 1):
         whole = tmp_path / "whole"
         assert run_train(*args, "--run-dir", whole)[0] == 0
-    interrupted(broken, (*args, "--run-dir", broken), 150, signal.SIGKILL)
-    interrupted(broken, ("--resume", broken), 300, signal.SIGTERM)
+    code, _ = interrupted(broken, (*args, "--run-dir", broken), 150, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    how = signal.SIGINT if num_envs > 1 else signal.SIGTERM
+    code, out = interrupted(broken, ("--resume", broken), 300, how)
+    assert code == 0 and f"stopped at step {step_of(broken)}" in out
     code, _, err = run_train("--resume", broken)
     assert code == 0, err
     assert_same_run(broken, whole)
@@ -1212,6 +1334,41 @@ def test_killed_between_evaluation_and_checkpoint__no_row_twice(
     assert_same_run(tmp_path / "run", whole_run)
 
 
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path, run_train, whole_run):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    for path in train.checkpoints(folder):
+        path.unlink()
+    code, out, err = run_train("--resume", folder)
+    assert (code, err) == (0, "") and "resumed at step 0" in out
+    assert_same_run(folder, whole_run)
+
+
+def test_config_json_remembers_resumes(tmp_path, run_train, whole_run):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    assert run_train("--resume", folder, "--total-steps", 950)[0] == 0
+    config = json.loads((folder / "config.json").read_text())
+    assert config["run"]["total_steps"] == 950 and config["resumed"][0]["step"] == 900
+    code, out, _ = run_train("--resume", folder)
+    assert code == 0 and "complete" in out
+
+
+def test_correction_can_be_left_out(tmp_path, run_train):
+    args = ("--env", "PointMaze", "--no-correction", "--total-steps", 300, *QUICK)
+    assert run_train(*args, "--run-dir", tmp_path / "run")[0] == 0
+    (row,) = rows_without_time(tmp_path / "run")
+    assert row["relabelled"] == row["chosen_3"] == "nan" and float(row["high_q"]) < 0
+
+
+def test_worker_processes_give_the_same_run(tmp_path, run_train):
+    args = ("--env", "PointMaze", "--num-envs", 2, "--total-steps", 200, *QUICK)
+    assert run_train(*args, "--run-dir", tmp_path / "sync")[0] == 0
+    assert run_train(*args, "--async-envs", "--run-dir", tmp_path / "async")[0] == 0
+    assert rows_without_time(tmp_path / "async") == rows_without_time(tmp_path / "sync")
+    assert_same(final_state(tmp_path / "async"), final_state(tmp_path / "sync"))
+
+
 def test_two_checkpoints_are_kept_and_a_damaged_newest_one_falls_back(
     tmp_path, run_train, whole_run
 ):
@@ -1221,20 +1378,28 @@ def test_two_checkpoints_are_kept_and_a_damaged_newest_one_falls_back(
     newest.write_bytes(newest.read_bytes()[:-1000])
     code, out, err = run_train("--resume", folder)
     assert code == 0 and newest.name in err and "trying the one before" in err
-    assert err.count("\n") == 1 and "resumed at step 600" in out
+    assert err.count("\n") == 1 and "resumed at step 750" in out
     assert_same_run(folder, whole_run)
     for path in train.checkpoints(folder):
         path.write_bytes(b"damaged")
+    torch.save({"foreign": 1}, train.checkpoints(folder)[0])
     code, _, err = run_train("--resume", folder)
     assert code == 2 and "no readable checkpoint" in err
 
 
 def test_a_finished_run_goes_on_with_more_steps(tmp_path, run_train, whole_run):
-    shorter = [300 if arg == 700 else arg for arg in TRAINING]
+    shorter = [300 if arg == 900 else arg for arg in TRAINING]
     assert run_train("--env", "PointMaze", *shorter, "--run-dir", tmp_path / "run")[0] == 0
-    assert run_train("--resume", tmp_path / "run", "--total-steps", 700)[0] == 0
+    assert run_train("--resume", tmp_path / "run", "--total-steps", 900)[0] == 0
     steps = [row["step"] for row in rows_without_time(tmp_path / "run")]
-    assert steps == ["200", "300", "400", "600", "700"]  # 300: the shorter run's last evaluation
+    assert steps == [
+        "200",
+        "300",
+        "400",
+        "600",
+        "800",
+        "900",
+    ]  # 300: the shorter run's last evaluation
     assert_same(final_state(tmp_path / "run")["agent"], final_state(whole_run)["agent"])
 
 
@@ -1282,7 +1447,8 @@ def test_a_full_disk_is_one_line_and_costs_nothing_saved(tmp_path, run_train):
     assert code == 0 and "resumed at step 300" in out
 
 
-def test_simulator_warnings_are_counted():
+def test_simulator_warnings_are_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log where it runs
     env = make("AntMaze")
     env.reset(seed=0)
     assert env.step(np.zeros(8))[4]["simulator_warnings"] == 0
@@ -1304,6 +1470,7 @@ def a_run(tmp_path_factory, whole_run):
     return folder
 
 
+has_matplotlib = importlib.util.find_spec("matplotlib") is not None
 POINT = "--env PointMaze "
 BAD_INPUTS = {
     "": "AntMaze, AntPush, AntFall, AntGather, PointMaze",
@@ -1351,6 +1518,10 @@ BAD_INPUTS = {
     "--eval-only {run}/policy.pt --eval-episodes 0": "must be at least 1",
     "--eval-only {run}/policy.pt --which worst": "best",
     "--eval-only {run}/policy.pt --plot {bad}/nowhere/a.png": "no such folder",
+    "--eval-only {run}/policy.pt --plot {bad}/a.foo": ".png" if has_matplotlib else "matplotlib",
+    "--eval-only {run}/policy.pt --subgoal-steps 3": "does not go with --eval-only",
+    "--eval-only {run}/policy.pt --resume {run}": "does not go with --eval-only",
+    POINT + "--seed 1e20": "below 2^63",
     POINT + "--render": "--render goes with --eval-only",
     "--resume {bad}/full": "no run here",
     "--resume {bad}/broken": "config.json is damaged",
@@ -1402,18 +1573,20 @@ def test_curves_are_drawn_from_csv_files_even_torn_ones(whole_run, tmp_path):
     pytest.importorskip("matplotlib")
     from results import plot
 
-    folder = tmp_path / "PointMaze"
+    folder = tmp_path / "anywhere"
     for seed in range(2):
         (folder / f"seed{seed}").mkdir(parents=True)
         text = (whole_run / "progress.csv").read_text()
         (folder / f"seed{seed}" / "progress.csv").write_text(text + seed * "900,0,0.")
+        shutil.copy(whole_run / "config.json", folder / f"seed{seed}")
     groups = plot.find([folder])
-    assert [len(run["step"]) for run in groups["PointMaze"]] == [4, 4]
+    assert [len(run["step"]) for run in groups["PointMaze"]] == [5, 5]
     plot.main([str(folder)])
     assert (folder / "curves.png").exists() and (folder / "curves.svg").exists()
 
 
-def test_a_video_shows_an_episode(whole_run, run_train, tmp_path, off_screen):
+def test_a_video_shows_an_episode(whole_run, run_train, tmp_path, off_screen, monkeypatch):
+    monkeypatch.setattr(tasks.PointMaze, "max_steps", 12)  # drawing without a GPU is slow
     args = ("--eval-only", whole_run / "policy.pt", "--eval-episodes", 1)
     code, _, err = run_train(*args, "--video", tmp_path / "film.gif")
     assert code == 0, err
@@ -1464,8 +1637,3 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path, run_train, whole_
     assert run_train("--resume", folder)[0] == 0
     assert rows_without_time(folder) == rows_without_time(whole_run)
     assert_same(final_state(folder), final_state(whole_run))
-
-
-def step_of(folder):
-    saved = train.checkpoints(folder)
-    return int(saved[0].stem.split("_")[1]) if saved else 0

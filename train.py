@@ -5,6 +5,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import io
 import json
@@ -47,6 +48,10 @@ class RunConfig:
 
 
 BOTH_LEVELS = ("discount", "tau")  # flags that set the low and the high level's
+EVAL_ONLY = {
+    *("eval_only", "env", "seed", "eval_episodes", "threads", "device"),
+    *("which", "plot", "video", "render"),
+}
 MAY_CHANGE = ("total_steps", "eval_every", "eval_episodes", "checkpoint_every")  # on --resume
 
 
@@ -59,15 +64,20 @@ class UserError(Exception):
 
 def make_envs(run, num_envs, evaluate, **kwargs):
     """num_envs copies of the task that wait to be reset, so that no final state is ever lost."""
-    return gymnasium.make_vec(
-        f"hiro/{run.env}-v0",
-        num_envs=num_envs,
-        vectorization_mode="async" if run.async_envs else "sync",
-        vector_kwargs={"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED},
-        disable_env_checker=True,
-        evaluate=evaluate,
-        **kwargs,
-    )
+    # Worker processes must not die of a Ctrl-C that is meant to save the run.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return gymnasium.make_vec(
+            f"hiro/{run.env}-v0",
+            num_envs=num_envs,
+            vectorization_mode="async" if run.async_envs and not evaluate else "sync",
+            vector_kwargs={"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED},
+            disable_env_checker=True,
+            evaluate=evaluate,
+            **kwargs,
+        )
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def reset_done(envs, obs, done):
@@ -228,7 +238,7 @@ class Progress:
 
     def status(self, step, total, speed):
         if sys.stderr.isatty():
-            left = time.strftime("%H:%M:%S", time.gmtime((total - step) / max(speed, 1e-9)))
+            left = datetime.timedelta(seconds=round((total - step) / max(speed, 1e-9)))
             success = f"success {self.success_rate:.2f}"
             text = f"step {step:,} of {total:,} | {speed:.0f} steps/s | {left} left | {success}"
             print(clear_line() + text, end="", file=sys.stderr, flush=True)
@@ -250,7 +260,7 @@ class Training:
         self.eval_envs = make_envs(run, min(run.eval_episodes, EVAL_COPIES), evaluate=True)
         task = tasks.TASKS[run.env]
         self.agent = HIRO(task, config, run.num_envs, run.seed, run.device)
-        self.obs, _ = self.envs.reset(seed=run.seed)
+        self.obs, _ = self.envs.reset(seed=run.seed * run.num_envs)  # no copy shares a stream
         self.step = 0
         self.seconds = 0.0  # of training, earlier sittings of the run included
         self.owed = 0  # environment steps that still call for a low-level update
@@ -337,7 +347,7 @@ class Training:
         self.sums, self.counts = {}, {}
 
         latest = {"step": self.step, **self.evaluation, **self.agent.policy_dict()}
-        score = "success_rate", "return"
+        score = tasks.TASKS[run.env].score, "return"
         if self.best is None or [latest[k] for k in score] >= [self.best[k] for k in score]:
             self.best = latest
         policy = {
@@ -397,6 +407,10 @@ class Training:
         self.obs = state["obs"].numpy()
         for name in self.PLAIN:
             setattr(self, name, state[name])
+        self.sums = {
+            name: value.to(self.agent.device) if torch.is_tensor(value) else value
+            for name, value in self.sums.items()
+        }
         self.progress.start(state["progress"])
         self.progress.success_rate = self.evaluation.get("success_rate", math.nan)
         self.clock = time.perf_counter()
@@ -414,12 +428,15 @@ def number(kind):
     """int or float from text; 1e6 and 1_000_000 are integers too."""
 
     def parse(text):
-        value = float(text)
-        if kind is int:
-            if not value.is_integer():
-                raise argparse.ArgumentTypeError(f"{text} is not a whole number")
-            return int(value)
-        return value
+        if kind is float:
+            return float(text)
+        try:
+            return int(text)
+        except ValueError:
+            value = float(text)
+        if not value.is_integer():
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number")
+        return int(value)
 
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
@@ -459,12 +476,11 @@ def build_parser():
 
 
 def parse(argv):
-    """Flags -> (run config, algorithm config, what was given); raises UserError."""
+    """Flags as typed -> {field: value}, only what was given; raises UserError."""
+    parts = [arg.partition("=") for arg in argv]
     argv = [
-        arg.split("=")[0].replace("_", "-") + arg[len(arg.split("=")[0]) :]
-        if arg[:2] == "--"
-        else arg
-        for arg in argv
+        flag.replace("_", "-") + equals + value if flag.startswith("--") else flag + equals + value
+        for flag, equals, value in parts
     ]
     parser = build_parser()
     known, unknown = parser.parse_known_args(argv)
@@ -511,6 +527,7 @@ def validate(run, config):
             value = getattr(source, field.name)
             if field.type in (int, float):
                 require(math.isfinite(value) and value >= 0, field.name, "must not be negative")
+    require(run.seed < 2**63, "seed", "must be below 2^63")
     positive = "must be at least 1"
     for name in ("total_steps", "eval_every", "eval_episodes", "checkpoint_every", "num_envs"):
         require(getattr(run, name) >= 1, name, positive)
@@ -542,7 +559,7 @@ def prepare(run):
 
 
 def start(given):
-    """A new run: resolve, print and save the configuration, then train."""
+    """A new run: resolve, print and save the configuration."""
     run, config = configs(given)
     if run.run_dir is None:
         run.run_dir = f"runs/{run.env}_seed{run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -556,13 +573,26 @@ def start(given):
         "algorithm": dataclasses.asdict(config),
         "versions": versions(),
     }
-    text = json.dumps(saved, indent=2)
-    print(text, flush=True)
-    write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
+    print(json.dumps(saved, indent=2), flush=True)
+    training = build(run, config, folder)
+    save_config(folder, saved)
+    return training
+
+
+def build(run, config, folder):
     prepare(run)
-    training = Training(run, config, folder)
+    try:
+        training = Training(run, config, folder)
+    except (RuntimeError, MemoryError) as error:  # torch's word for no memory is RuntimeError
+        reason = str(error).strip().split("\n")[0][:100]
+        raise UserError(f"cannot set the run up: {reason}") from None
     training.progress.start(",".join(training.columns) + "\n")
     return training
+
+
+def save_config(folder, saved):
+    text = json.dumps(saved, indent=2)
+    write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
 
 
 def resume(given):
@@ -583,26 +613,42 @@ def resume(given):
                 f"only {', '.join('--' + n.replace('_', '-') for n in MAY_CHANGE)} may change"
             )
     run, config = configs({**before, **given, "run_dir": str(folder)})
-    state = None
-    for path in checkpoints(folder):
+    state = newest(folder)
+    training = build(run, config, folder)
+    if state:
+        training.restore(state)
+    now = versions()
+    if now["commit"] != saved["versions"]["commit"]:
+        print(f"note: started at commit {saved['versions']['commit']}, now {now['commit']}")
+    saved["run"] = dataclasses.asdict(run)
+    saved.setdefault("resumed", []).append({"step": training.step, **now})
+    save_config(folder, saved)
+    print(f"resumed at step {training.step}", flush=True)
+    if training.step >= run.total_steps:
+        print("the run is complete; --total-steps makes it longer")
+    return training
+
+
+def newest(folder):
+    """The newest checkpoint that can be read; None if the run was stopped before its first."""
+    found = checkpoints(folder)
+    for path in found:
         try:
             state = load(path, "checkpoint")
-            if state.get("format") != "hiro checkpoint 1":
+            if not isinstance(state, dict) or state.get("format") != "hiro checkpoint 1":
                 raise UserError(f"{path}: not a checkpoint of this program")
-            break
+            return state
         except UserError as error:
             print(f"{error}; trying the one before", file=sys.stderr)
-    if state is None:
+    if found:
         raise UserError(f"--resume {folder}: there is no readable checkpoint")
-    prepare(run)
-    training = Training(run, config, folder)
-    training.restore(state)
-    print(f"resumed at step {training.step}", flush=True)
-    return training
+    return None
 
 
 def eval_only(given):
     """Print what a saved policy achieves; draw, film or show it if asked to."""
+    for name in given.keys() - EVAL_ONLY:
+        raise UserError(f"--{name.replace('_', '-')} does not go with --eval-only")
     path, figure, film = given.pop("eval_only"), given.pop("plot", None), given.pop("video", None)
     show = given.pop("render", False)
     policy = load(path, "policy")
@@ -613,6 +659,12 @@ def eval_only(given):
     for flag, file in (("--plot", figure), ("--video", film)):
         if file and not pathlib.Path(file).absolute().parent.is_dir():
             raise UserError(f"{flag} {file}: there is no such folder")
+    if figure and show:
+        raise UserError("--plot and --render do not go together")
+    if show and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        raise UserError("--render needs a screen, and there is none here; --video needs none")
+    if figure:
+        plot = plotting(figure, policy["env"])
     run, config = configs({"env": policy["env"], **given, **policy["config"]})
     prepare(run)
     agent = HIRO(tasks.TASKS[run.env], config, seed=run.seed, device=run.device)
@@ -624,8 +676,6 @@ def eval_only(given):
     envs = make_envs(run, copies, evaluate=True, render_mode="human" if show else None)
     watch = mark_subgoal(envs) if show else None
     if figure:
-        from results import plot
-
         watch = plot.Trace(envs, config.subgoal_steps)
     with rendering():
         results = rollouts(agent, envs, run.eval_episodes, run.seed, watch)
@@ -637,6 +687,22 @@ def eval_only(given):
     if film:
         make_video(agent, run, film)
         print(film)
+
+
+def plotting(path, task):
+    """The module that draws, if it can draw this."""
+    try:
+        from matplotlib.figure import Figure
+
+        from results import plot
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    known = Figure().canvas.get_supported_filetypes()
+    if pathlib.Path(path).suffix[1:] not in known:
+        raise UserError(f"--plot {path}: write one of {', '.join('.' + k for k in sorted(known))}")
+    if not tasks.TASKS[task](evaluate=True).walls:
+        raise UserError(f"--plot draws mazes, and {task} has none; see --video")
+    return plot
 
 
 def mark_subgoal(envs, after=lambda env: None):
@@ -652,7 +718,7 @@ def mark_subgoal(envs, after=lambda env: None):
 
 
 def make_video(agent, run, path):
-    """One episode from above: the target in green, the current subgoal in blue."""
+    """One episode from above, at twice its speed; green the target, blue the current subgoal."""
     import imageio
 
     size = dict(width=640, height=640)
@@ -661,8 +727,10 @@ def make_video(agent, run, path):
     with rendering():
         play(agent, envs, run.seed, mark_subgoal(envs, lambda env: frames.append(env.render())))
         envs.close()
+    fps = 2 * tasks.AntMaze.metadata["render_fps"]  # twice as fast as life
+    speed = {"duration": 1000 / fps, "loop": 0} if path.endswith(".gif") else {"fps": fps}
     try:
-        imageio.mimwrite(path, frames, fps=20)
+        imageio.mimwrite(path, frames, **speed)
     except (ImportError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         hint = "for .mp4: pip install imageio[ffmpeg]; .gif needs nothing more"

@@ -5,6 +5,7 @@ python results/plot.py RUN ...    curves of these runs, one still going included
 """
 
 import csv
+import json
 import pathlib
 import sys
 
@@ -35,14 +36,16 @@ def read(path):
 
 
 def find(folders):
-    """Every progress file below the folders, grouped by task: {"AntMaze": [curve, ...]}."""
+    """Every CSV below the folders that has its run's JSON beside it: {"AntMaze": [curve, ...]}."""
     groups = {}
     for folder in folders:
         paths = sorted(pathlib.Path(folder).rglob("*.csv"))
         for path in paths:
-            task = next((t for t in (*PAPER, "PointMaze") if t in str(path.resolve())), None)
-            curve = read(path) if task else {}
+            beside = [path.with_name("config.json"), path.with_suffix(".json")]
+            config = next((file for file in beside if file.exists()), None)
+            curve = read(path) if config else {}
             if curve:
+                task = json.loads(config.read_text())["run"]["env"]
                 groups.setdefault(task, []).append(curve)
     return groups
 
