@@ -77,7 +77,8 @@ class HIROConfig:
     high_buffer_size: int = option(200_000, "high-level transitions kept (C.2)")
     # Differs 3: a uniformly random start
     start_steps: int = option(10_000, "environment steps before the first update")
-    uniform_start: bool = option(True, "until then act uniformly at random, at both levels")
+    low_uniform_steps: int = option(10_000, "environment steps with uniformly random actions")
+    high_uniform_steps: int = option(50_000, "environment steps with uniformly random subgoals")
     update_every: int = option(
         1, "environment steps per low-level update (C.2); high: c times that"
     )
@@ -101,7 +102,8 @@ PRESETS = {
         high_actor_lr=1e-4,
         high_critic_lr=1e-3,
         start_steps=2_500,
-        uniform_start=False,
+        low_uniform_steps=0,
+        high_uniform_steps=0,
     ),
 }
 
@@ -115,15 +117,15 @@ class Hierarchy:
         self.clock = torch.zeros(num_envs, dtype=torch.long, device=agent.device)  # in the segment
         self.starting = torch.ones(num_envs, dtype=torch.bool, device=agent.device)
 
-    def act(self, obs, explore, random=False):
+    def act(self, obs, explore):
         """Low-level actions [N, A]; at the start of an episode the high level acts first."""
         if self.starting.any():  # Differs 7: no first step with subgoal 0
-            fresh = self.agent.high_action(obs, explore, random)
+            fresh = self.agent.high_action(obs, explore)
             self.subgoal = torch.where(self.starting[:, None], fresh, self.subgoal)
             self.starting = torch.zeros_like(self.starting)
-        return self.agent.low_action(obs, self.subgoal, explore, random)
+        return self.agent.low_action(obs, self.subgoal, explore)
 
-    def advance(self, obs, next_obs, done, explore, random=False):
+    def advance(self, obs, next_obs, done, explore):
         """The next subgoals g_{t+1} [N, d]: h within a segment, a fresh one every c steps.
 
         This runs after the step and before anything is stored, so that the g_{t+1} to store is
@@ -133,7 +135,7 @@ class Hierarchy:
         self.subgoal = goal_transition(obs, self.subgoal, next_obs)
         boundary = self.clock == 0
         if boundary.any():
-            fresh = self.agent.high_action(next_obs, explore, random)
+            fresh = self.agent.high_action(next_obs, explore)
             self.subgoal = torch.where(boundary[:, None], fresh, self.subgoal)
         self.clock = self.clock.masked_fill(done, 0)
         self.starting = done.clone()  # a new episode must not inherit the old one's subgoal
@@ -250,6 +252,7 @@ class HIRO:
             },
             **buffer,
         )
+        self.steps = 0  # environment steps observed
         self.hierarchy = Hierarchy(self, num_envs)
         rows = {
             name: self.high_buffer.fields[name]
@@ -271,16 +274,16 @@ class HIRO:
         return self.low.actor(self.low_input(state, subgoal))
 
     @torch.no_grad()
-    def low_action(self, obs, subgoal, explore, random=False):
-        """a_t [N, A] = mu^lo(s_t, g_t) + exploration noise, clipped; or uniform if random."""
-        if random:
+    def low_action(self, obs, subgoal, explore):
+        """a_t [N, A] = mu^lo(s_t, g_t), exploring: with noise, clipped; uniform at first."""
+        if explore and self.steps < self.config.low_uniform_steps:
             return self._uniform(len(obs), self.low.max_action)
         return self._explore(self.low_policy(obs, subgoal), self.low, self.low_noise, explore)
 
     @torch.no_grad()
-    def high_action(self, obs, explore, random=False):
-        """g_t [N, d] = mu^hi(s_t, target) + exploration noise, clipped; or uniform if random."""
-        if random:
+    def high_action(self, obs, explore):
+        """g_t [N, d] = mu^hi(s_t, target), exploring: with noise, clipped; uniform at first."""
+        if explore and self.steps < self.config.high_uniform_steps:
             return self._uniform(len(obs), self.high.max_action)
         return self._explore(self.high.actor(obs), self.high, self.high_noise, explore)
 
@@ -298,20 +301,17 @@ class HIRO:
     def tensor(self, array, dtype=torch.float32):
         return torch.as_tensor(array, dtype=dtype, device=self.device)
 
-    def act(self, obs, explore=True, random=False):
-        """Actions for the environments, [N, A] in [-1, 1], as a numpy array.
-
-        obs      [N, obs]  random  ignore the policies and act uniformly (the first start_steps)
-        """
-        return self.hierarchy.act(self.tensor(obs), explore, random).cpu().numpy()
+    def act(self, obs, explore=True):
+        """Actions [N, A] in [-1, 1] for observations [N, obs], as a numpy array."""
+        return self.hierarchy.act(self.tensor(obs), explore).cpu().numpy()
 
     # ------------------------------------------------------------------ remembering
 
-    def observe(self, obs, action, reward, next_obs, terminated, truncated, random=False):
+    def observe(self, obs, action, reward, next_obs, terminated, truncated):
         """Store one step of every environment in both buffers (section 3.1).
 
         obs, next_obs [N, obs]; action [N, A]; reward, terminated, truncated [N]. next_obs is the
-        true successor, not the first observation of the next episode. random is act()'s.
+        true successor, not the first observation of the next episode.
         """
         obs, action, reward = self.tensor(obs), self.tensor(action), self.tensor(reward)
         next_obs, terminated = self.tensor(next_obs), self.tensor(terminated)
@@ -319,6 +319,7 @@ class HIRO:
         state, next_state = obs[:, : self.state_dim], next_obs[:, : self.state_dim]
         subgoal, clock = self.hierarchy.subgoal, self.hierarchy.clock
 
+        self.steps += len(obs)
         segment, first = self.segment, clock == 0
         env = torch.arange(len(obs), device=self.device)
         segment["states"][env, clock] = state
@@ -327,7 +328,7 @@ class HIRO:
         segment["subgoal"] = torch.where(first[:, None], subgoal, segment["subgoal"])
         segment["reward"] = torch.where(first, reward, segment["reward"] + reward)
 
-        next_subgoal = self.hierarchy.advance(obs, next_obs, done, explore=True, random=random)
+        next_subgoal = self.hierarchy.advance(obs, next_obs, done, explore=True)
         if self.config.carry_subgoal:  # Differs 5: a future without the high level's surprises
             next_subgoal = goal_transition(state, subgoal, next_state)
         self.low_buffer.add(
@@ -400,13 +401,19 @@ class HIRO:
         """All that the future of training depends on, as tensors and plain numbers."""
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         segment = {name: part.clone() for name, part in self.segment.items()}
-        return {**parts, "segment": segment, "generator": self.generator.get_state()}
+        return {
+            **parts,
+            "segment": segment,
+            "generator": self.generator.get_state(),
+            "steps": self.steps,
+        }
 
     def load_state_dict(self, state):
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.segment = {name: part.to(self.device) for name, part in state["segment"].items()}
         self.generator.set_state(state["generator"].cpu())
+        self.steps = state["steps"]
 
     def policy_dict(self):
         """The two actors alone: what evaluation needs."""

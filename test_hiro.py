@@ -38,7 +38,8 @@ def randn(*shape, seed=0):
 
 def small(**changes):
     """An agent's configuration that learns nothing useful, quickly."""
-    return HIROConfig(**{"hidden": 16, "batch_size": 8, "start_steps": 40, **changes})
+    few = dict(hidden=16, batch_size=8, start_steps=40, low_uniform_steps=0, high_uniform_steps=0)
+    return HIROConfig(**{**few, **changes})
 
 
 # ------------------------------------------------------------ 3.2 subgoals are changes of state
@@ -488,7 +489,13 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(
     clock_task, tmp_path, num_envs, random, carry, c
 ):
     ClockTask.logs = []
-    config = small(subgoal_steps=c, start_steps=10**6, uniform_start=random, carry_subgoal=carry)
+    config = small(
+        subgoal_steps=c,
+        start_steps=10**6,
+        low_uniform_steps=70 * random,
+        high_uniform_steps=70 * random,
+        carry_subgoal=carry,
+    )
     run = train.RunConfig(
         env="Clock", total_steps=70 * num_envs, num_envs=num_envs, eval_episodes=1
     )
@@ -561,7 +568,7 @@ def test_actions_follow_the_stored_subgoal_and_subgoals_the_state_they_are_set_i
 ):
     """Without noise every stored action and subgoal is the policy's own answer."""
     ClockTask.logs = []
-    config = small(subgoal_steps=5, start_steps=10**6, uniform_start=False, low_noise=0.0)
+    config = small(subgoal_steps=5, start_steps=10**6, low_noise=0.0)
     config.high_noise = 0.0
     run = train.RunConfig(env="Clock", total_steps=120, num_envs=2, eval_episodes=1)
     training = train.Training(run, config, tmp_path)
@@ -630,16 +637,20 @@ def test_each_level_gets_its_own_hyperparameters__C_2():
 
 
 def test_uniform_start_fills_both_ranges():
-    agent = HIRO(tasks.AntMaze, small())
+    agent = HIRO(tasks.AntMaze, small(low_uniform_steps=1, high_uniform_steps=1))
     obs = torch.zeros(20_000, 32)
     for draw, scale in (
-        (agent.low_action(obs, torch.zeros(20_000, 15), True, random=True), torch.ones(8)),
-        (agent.high_action(obs, True, random=True), agent.subgoal_scale),
+        (agent.low_action(obs, torch.zeros(20_000, 15), explore=True), torch.ones(8)),
+        (agent.high_action(obs, explore=True), agent.subgoal_scale),
     ):
         assert (draw.abs() <= scale).all()
         quartiles = torch.quantile(draw / scale, torch.tensor([0.25, 0.5, 0.75]), dim=0)
         expected = torch.tensor([-0.5, 0.0, 0.5])[:, None].expand_as(quartiles)
         torch.testing.assert_close(quartiles, expected, atol=0.03, rtol=0)
+    fixed = agent.low_action(obs, torch.zeros(20_000, 15), explore=False)
+    assert (fixed == fixed[0]).all(), "evaluation is never random"
+    agent.steps = 1
+    assert agent.low_action(obs, torch.zeros(20_000, 15), explore=True).std() < 0.3
 
 
 def test_loading_a_policy_leaves_the_task_s_ranges_alone():
@@ -729,14 +740,14 @@ def test_evaluation_asks_the_high_level_every_c_steps_without_noise__C_4(tmp_pat
     calls = []
     original = agent.high_action
 
-    def counting(obs, explore, random=False):
-        calls.append((explore, random))
-        return original(obs, explore, random)
+    def counting(obs, explore):
+        calls.append(explore)
+        return original(obs, explore)
 
     agent.high_action = counting
     train.evaluate(agent, train.make_envs(run, 2, evaluate=True), 2, seed=0)
     # at t = 0, 10, ..., 290, and at 300 for the subgoal behind the last step
-    assert calls == [(False, False)] * 31
+    assert calls == [False] * 31
 
 
 def test_gradient_steps_follow_environment_steps__C_2(tmp_path):
@@ -813,6 +824,7 @@ def test_exploration_noise_is_clipped_and_has_the_stated_scale__C_2():
         ("paper", 1 / 30, 1),
     ):
         agent = HIRO(tasks.AntMaze, HIROConfig(**{**PRESETS[preset], "hidden": 8}))
+        agent.steps = 10**6
         obs = torch.zeros(20_000, 32)
         action = agent.low_action(obs, torch.zeros(20_000, 15), explore=True)
         torch.testing.assert_close(action.std(0), torch.full((8,), low), rtol=0.05, atol=0)
@@ -1137,6 +1149,7 @@ def run_train(capsys):
 
 
 QUICK = ("--hidden", 16, "--batch-size", 8, "--start-steps", 100, "--eval-episodes", 2)
+QUICK += ("--low-uniform-steps", 100, "--high-uniform-steps", 400)
 
 
 def rows_without_time(folder):
@@ -1208,7 +1221,8 @@ def test_paper_preset_is_appendix_C_and_the_authors_code():
         "low_buffer_size": 200_000,
         "high_buffer_size": 200_000,
         "start_steps": 2_500,
-        "uniform_start": False,
+        "low_uniform_steps": 0,
+        "high_uniform_steps": 0,
         "update_every": 1,
         "correction": True,
         "num_candidates": 10,

@@ -284,12 +284,11 @@ class Training:
         run, agent = self.run, self.agent
         began, first = time.perf_counter(), self.step
         while self.step < run.total_steps and not self.stop:
-            random = self.config.uniform_start and self.step < self.config.start_steps
-            action = agent.act(self.obs, explore=True, random=random)
+            action = agent.act(self.obs)
             self.check_finite("action", action)
             next_obs, reward, terminated, truncated, info = self.envs.step(action)
             self.check_finite("state", next_obs)
-            agent.observe(self.obs, action, reward, next_obs, terminated, truncated, random)
+            agent.observe(self.obs, action, reward, next_obs, terminated, truncated)
             self.obs = reset_done(self.envs, next_obs, terminated | truncated)
             before, self.step = self.step, self.step + run.num_envs
             self.warnings += int(info["simulator_warnings"].sum())
