@@ -44,7 +44,7 @@ def find(folders):
             beside = [path.with_name("config.json"), path.with_suffix(".json")]
             config = next((file for file in beside if file.exists()), None)
             curve = read(path) if config else {}
-            if curve:
+            if curve and "history" not in path.parts:  # runs of earlier settings
                 task = json.loads(config.read_text())["run"]["env"]
                 groups.setdefault(task, []).append(curve)
     return groups
