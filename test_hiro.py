@@ -1287,12 +1287,25 @@ def step_of(folder):
     return int(saved[0].stem.split("_")[1]) if saved else 0
 
 
+RUNS = {
+    "point": ("--env", "PointMaze", *TRAINING),
+    "three points": ("--env", "PointMaze", "--num-envs", 3, *TRAINING),
+    "push": ("--env", "AntPush", *TRAINING, "--eval-every", 350, "--eval-episodes", 1),
+}
+
+
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """A PointMaze run that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    train.main(["--env", "PointMaze", "--run-dir", str(folder), *map(str, TRAINING)])
-    return folder
+def whole_runs(tmp_path_factory):
+    """The runs above, with nothing to interrupt them."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, args in RUNS.items():
+        train.main([*map(str, args), "--run-dir", str(folder / name)])
+    return {name: folder / name for name in RUNS}
+
+
+@pytest.fixture(scope="module")
+def whole_run(whole_runs):
+    return whole_runs["point"]
 
 
 def assert_same_run(folder, whole):
@@ -1303,31 +1316,24 @@ def assert_same_run(folder, whole):
     assert_same(*policies)
 
 
-@pytest.mark.parametrize("name, num_envs", [("PointMaze", 1), ("PointMaze", 3), ("AntPush", 1)])
-def test_an_interrupted_run_equals_an_uninterrupted_one(
-    name, num_envs, tmp_path, run_train, whole_run
-):
-    args = ("--env", name, "--num-envs", num_envs, *TRAINING)
-    if name == "AntPush":
-        args += ("--eval-every", 350, "--eval-episodes", 1)
-    whole, broken = whole_run, tmp_path / "broken"
-    if (name, num_envs) != ("PointMaze", 1):
-        whole = tmp_path / "whole"
-        assert run_train(*args, "--run-dir", whole)[0] == 0
-    code, _ = interrupted(broken, (*args, "--run-dir", broken), 150, signal.SIGKILL)
+@pytest.mark.parametrize("name", RUNS)
+def test_an_interrupted_run_equals_an_uninterrupted_one(name, tmp_path, run_train, whole_runs):
+    folder = tmp_path / "run"
+    code, _ = interrupted(folder, (*RUNS[name], "--run-dir", folder), 150, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    how = signal.SIGINT if num_envs > 1 else signal.SIGTERM
-    code, out = interrupted(broken, ("--resume", broken), 300, how)
-    assert code == 0 and f"stopped at step {step_of(broken)}" in out
-    code, _, err = run_train("--resume", broken)
+    how = signal.SIGINT if name == "three points" else signal.SIGTERM
+    code, out = interrupted(folder, ("--resume", folder), 300, how)
+    assert code == 0 and f"stopped at step {step_of(folder)}" in out
+    code, _, err = run_train("--resume", folder)
     assert code == 0, err
-    assert_same_run(broken, whole)
+    assert_same_run(folder, whole_runs[name])
 
 
+@pytest.mark.parametrize("name, evaluated, killed", [("point", 200, 300), ("push", 350, 450)])
 def test_killed_between_evaluation_and_checkpoint__no_row_twice(
-    tmp_path, monkeypatch, run_train, whole_run
+    name, evaluated, killed, tmp_path, monkeypatch, run_train, whole_runs
 ):
-    """The evaluation at 200 is written, the checkpoint at 300 is not: that row is lived again."""
+    """The evaluation is written, the next checkpoint is not: that row is lived again."""
 
     class Killed(BaseException):
         pass
@@ -1335,17 +1341,17 @@ def test_killed_between_evaluation_and_checkpoint__no_row_twice(
     original = train.Training.save
 
     def save(self):
-        if self.step == 300:
+        if self.step == killed:
             raise Killed
         original(self)
 
     monkeypatch.setattr(train.Training, "save", save)
     with pytest.raises(Killed):
-        run_train("--env", "PointMaze", *TRAINING, "--run-dir", tmp_path / "run")
+        run_train(*RUNS[name], "--run-dir", tmp_path / "run")
     monkeypatch.undo()
-    assert [row["step"] for row in rows_without_time(tmp_path / "run")] == ["200"]
+    assert [row["step"] for row in rows_without_time(tmp_path / "run")] == [str(evaluated)]
     assert run_train("--resume", tmp_path / "run")[0] == 0
-    assert_same_run(tmp_path / "run", whole_run)
+    assert_same_run(tmp_path / "run", whole_runs[name])
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path, run_train, whole_run):
