@@ -1389,13 +1389,16 @@ def test_worker_processes_give_the_same_run(tmp_path, run_train):
     assert_same(final_state(tmp_path / "async"), final_state(tmp_path / "sync"))
 
 
+@pytest.mark.parametrize("damage", ["cut short", "one byte"])
 def test_two_checkpoints_are_kept_and_a_damaged_newest_one_falls_back(
-    tmp_path, run_train, whole_run
+    damage, tmp_path, run_train, whole_run
 ):
     folder = tmp_path / "run"
     shutil.copytree(whole_run, folder)
     newest, older = train.checkpoints(folder)
-    newest.write_bytes(newest.read_bytes()[:-1000])
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    newest.write_bytes(data if damage == "one byte" else data[:-1000])
     code, out, err = run_train("--resume", folder)
     assert code == 0 and newest.name in err and "trying the one before" in err
     assert err.count("\n") == 1 and "resumed at step 750" in out

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 
 import gymnasium
@@ -176,6 +177,9 @@ def checkpoints(folder):
 def load(path, what):
     """torch.load without the power to run code; UserError if the file is not what it should be."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the check sums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what}") from None
