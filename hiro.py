@@ -154,7 +154,7 @@ class Hierarchy:
 class HIRO:
     """The agent: two TD3 learners, their buffers, and the hierarchy that acts.
 
-    task      anything with the class attributes listed in envs.py, and an action count
+    task      anything with the class attributes listed in envs.py
     num_envs  N, environments stepped together
     seed      of networks, exploration and sampling
 
@@ -185,42 +185,27 @@ class HIRO:
             high = dict(state_scale=torch.ones(obs_dim), action_scale=torch.ones(d))
             low_unit, high_unit = one / task.action_unit, torch.ones(d)
 
-        def learner(level, unit, discount, tau, actor_lr, critic_lr, max_action):
+        def learner(level, max_action, unit, scales):
+            own = {
+                name: getattr(config, f"{level}_{name}")
+                for name in ("discount", "tau", "actor_lr", "critic_lr")
+            }
             return TD3(
                 max_action=max_action,
-                discount=discount,
-                tau=tau,
                 policy_noise=config.policy_noise * unit,
                 noise_clip=config.noise_clip * unit,
                 policy_delay=config.policy_delay,
-                actor_lr=actor_lr,
-                critic_lr=critic_lr,
                 hidden=config.hidden,
                 generator=self.generator,
                 device=self.device,
-                **level,
+                **own,
+                **scales,
             )
 
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
-            self.low = learner(
-                low,
-                low_unit,
-                config.low_discount,
-                config.low_tau,
-                config.low_actor_lr,
-                config.low_critic_lr,
-                one,
-            )
-            self.high = learner(
-                high,
-                high_unit,
-                config.high_discount,
-                config.high_tau,
-                config.high_actor_lr,
-                config.high_critic_lr,
-                subgoal_scale,
-            )
+            self.low = learner("low", one, low_unit, low)
+            self.high = learner("high", subgoal_scale, high_unit, high)
         self.low_noise = (config.low_noise * low_unit).to(self.device)
         self.high_noise = (config.high_noise * high_unit).to(self.device)
 
@@ -254,14 +239,10 @@ class HIRO:
         )
         self.steps = 0  # environment steps observed
         self.hierarchy = Hierarchy(self, num_envs)
-        rows = {
-            name: self.high_buffer.fields[name]
-            for name in ("state", "subgoal", "states", "actions")
-        }
         self.segment = {  # the unfinished high-level transition of each environment
-            name: torch.zeros(num_envs, *shape, device=self.device) for name, shape in rows.items()
+            name: torch.zeros(num_envs, *self.high_buffer.fields[name], device=self.device)
+            for name in ("state", "subgoal", "states", "actions", "reward")
         }
-        self.segment["reward"] = torch.zeros(num_envs, device=self.device)
 
     # ------------------------------------------------------------------ acting
 

@@ -582,14 +582,18 @@ def start(given):
     return training
 
 
-def build(run, config, folder):
+def build(run, config, folder, state=None):
+    """A run set up from a checkpoint's state, or from nothing."""
     prepare(run)
     try:
         training = Training(run, config, folder)
     except (RuntimeError, MemoryError) as error:  # torch's word for no memory is RuntimeError
         reason = str(error).strip().split("\n")[0][:100]
         raise UserError(f"cannot set the run up: {reason}") from None
-    training.progress.start(",".join(training.columns) + "\n")
+    if state:
+        training.restore(state)
+    else:
+        training.progress.start(",".join(training.columns) + "\n")
     return training
 
 
@@ -616,10 +620,7 @@ def resume(given):
                 f"only {', '.join('--' + n.replace('_', '-') for n in MAY_CHANGE)} may change"
             )
     run, config = configs({**before, **given, "run_dir": str(folder)})
-    state = newest(folder)
-    training = build(run, config, folder)
-    if state:
-        training.restore(state)
+    training = build(run, config, folder, newest(folder))
     now = versions()
     if now["commit"] != saved["versions"]["commit"]:
         print(f"note: started at commit {saved['versions']['commit']}, now {now['commit']}")
