@@ -120,12 +120,16 @@ class AntMaze(gymnasium.Env):
                 block = spec.worldbody.add_body(name="block", pos=(x, y, floor + WALL / 2))
                 self._add_block(block, cell)
 
+        self._add_scenery(spec)
         for geom in spec.geoms:
             # Since MuJoCo 3.5 the margins of two touching geoms add up: half of rllab's .01 each.
             geom.margin = 0.005
             # The original hardens every contact of a world in which something can be pushed.
             geom.solimp[:3] = (0.995, 0.995, 0.01) if self.blocks else (0.8, 0.8, 0.01)
         return spec
+
+    def _add_scenery(self, spec):
+        """What a task has beyond its drawing."""
 
     def _add_block(self, block, cell):
         free, limited = mujoco.mjtLimited.mjLIMITED_FALSE, mujoco.mjtLimited.mjLIMITED_TRUE
@@ -309,15 +313,11 @@ class AntGather(AntMaze):
     num_each = 8
     bins, reach = 10, 6.0  # Differs 11: the paper gives neither the readings nor the cost of dying
 
-    def _build(self):
-        spec = super()._build()
+    def _add_scenery(self, spec):
         for x, y in ((-11, 0), (11, 0), (0, -11), (0, 11)):
             size = (0.5, 11.5, 1) if x else (11.5, 0.5, 1)
             box = dict(type=BOX, size=size, contype=1, conaffinity=1, rgba=(0.45, 0.5, 0.6, 1))
-            spec.worldbody.add_geom(
-                pos=(x, y, 1), margin=0.005, solimp=[0.8, 0.8, 0.01, 0.5, 2], **box
-            )
-        return spec
+            spec.worldbody.add_geom(pos=(x, y, 1), **box)
 
     def _reset_task(self):
         places = [(x, y) for x in range(-10, 10, 2) for y in range(-10, 10, 2) if (x, y) != (0, 0)]

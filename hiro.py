@@ -79,6 +79,7 @@ class HIROConfig:
     start_steps: int = option(10_000, "environment steps before the first update")
     low_uniform_steps: int = option(10_000, "environment steps with uniformly random actions")
     high_uniform_steps: int = option(50_000, "environment steps with uniformly random subgoals")
+    high_random: float = option(0.0, "share of subgoals that stay uniformly random after that")
     update_every: int = option(
         1, "environment steps per low-level update (C.2); high: c times that"
     )
@@ -164,6 +165,8 @@ class HIRO:
     def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
         self.config = config = config or HIROConfig()
         self.device = torch.device(device)
+        cpu = torch.cpu.get_capabilities()  # without instructions for it bfloat16 is very slow
+        self.bfloat16 = self.device.type == "cuda" or cpu.get("avx512_bf16", False)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.state_dim, self.low_blind = task.state_dim, task.low_blind
         self.subgoal_scale = torch.tensor(task.subgoal_scale, device=self.device)
@@ -266,7 +269,12 @@ class HIRO:
         """g_t [N, d] = mu^hi(s_t, target), exploring: with noise, clipped; uniform at first."""
         if explore and self.steps < self.config.high_uniform_steps:
             return self._uniform(len(obs), self.high.max_action)
-        return self._explore(self.high.actor(obs), self.high, self.high_noise, explore)
+        subgoal = self._explore(self.high.actor(obs), self.high, self.high_noise, explore)
+        if explore and self.config.high_random:
+            chance = torch.rand(len(obs), 1, generator=self.generator, device=self.device)
+            uniform = self._uniform(len(obs), self.high.max_action)
+            subgoal = torch.where(chance < self.config.high_random, uniform, subgoal)
+        return subgoal
 
     def _explore(self, action, level, noise, explore):
         if not explore:
@@ -359,7 +367,7 @@ class HIRO:
     def correct(self, batch):
         """The off-policy correction on a sampled high-level batch: subgoal [B, d], index [B]."""
         # Differs 12: bfloat16 products; only the best of ten likelihoods is asked for
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return relabel(
                 self.low_policy,
                 batch["states"],

@@ -653,6 +653,18 @@ def test_uniform_start_fills_both_ranges():
     assert agent.low_action(obs, torch.zeros(20_000, 15), explore=True).std() < 0.3
 
 
+def test_a_share_of_subgoals_stays_uniformly_random():
+    agent = HIRO(tasks.PointMaze, small(high_random=0.3, high_noise=0.0))
+    obs = randn(20_000, len(tasks.PointMaze.observation_scale))
+    subgoal, own = agent.high_action(obs, explore=True), agent.high.act(obs)
+    random = (subgoal != own).all(1)
+    assert abs(random.float().mean() - 0.3) < 0.02
+    assert torch.equal(subgoal[~random], own[~random])
+    spread = (subgoal[random] / agent.subgoal_scale).std(0)
+    torch.testing.assert_close(spread, torch.full_like(spread, 3**-0.5), atol=0.02, rtol=0)
+    assert torch.equal(agent.high_action(obs, explore=False), own)
+
+
 def test_loading_a_policy_leaves_the_task_s_ranges_alone():
     before = tasks.PointMaze.subgoal_scale.copy()
     agent = HIRO(tasks.PointMaze, small())
@@ -807,6 +819,7 @@ def test_bfloat16_changes_almost_no_choice__3_3():
         "next_state": states[:, 10],
         "mask": torch.ones(300, 10),
     }
+    agent.bfloat16 = True
     agent.generator.manual_seed(1)
     _, fast = agent.correct(batch)
     agent.generator.manual_seed(1)
@@ -1223,6 +1236,7 @@ def test_paper_preset_is_appendix_C_and_the_authors_code():
         "start_steps": 2_500,
         "low_uniform_steps": 0,
         "high_uniform_steps": 0,
+        "high_random": 0.0,
         "update_every": 1,
         "correction": True,
         "num_candidates": 10,
@@ -1256,6 +1270,32 @@ def test_flags_come_from_the_dataclasses_and_are_forgiving(run_train):
     for config in (HIROConfig, train.RunConfig):
         for field in dataclasses.fields(config):
             assert "--" + field.name.replace("_", "-") in out
+
+
+def test_profile_adds_up_and_counts_products_by_hand(run_train, monkeypatch, tmp_path):
+    from results import speed
+
+    monkeypatch.setattr(speed, "SECONDS", 1)
+    monkeypatch.setattr(speed, "WARM_UP", 40)
+    monkeypatch.chdir(tmp_path)
+    out = run_train("--env", "PointMaze", "--profile", "--hidden", "32", "--batch-size", "16")[1]
+    table = {line[:16].strip(): line[16:].split() for line in out.splitlines()}
+    parts = [*speed.PARTS, "everything else"]
+    for column in (0, 1):
+        total = sum(float(table[part][column]) for part in parts)
+        assert math.isclose(total, float(table["total"][column]), abs_tol=0.01)
+    assert float(out.split()[-1]) > 1 and not list(tmp_path.iterdir())
+
+    # one low update: S inputs to the actor, S + A to the critic, H hidden units; see TD3.update
+    agent, S, A, H, B = HIRO(tasks.PointMaze, small()), 5, 2, 16, 8
+    for _ in range(20):
+        zero, no = np.zeros(1), np.zeros(1, bool)
+        agent.observe(np.zeros((1, 7)), np.zeros((1, 2)), zero, np.zeros((1, 7)), no, no)
+    actor, critic = S * H + H * H + H * A, (S + A) * H + H * H + H
+    hidden = H * H + H  # gradients with respect to a network's hidden units, not to its inputs
+    every = actor + 2 * critic + 2 * critic + 2 * (critic + hidden)
+    delayed = actor + critic + (hidden + (S + A) * H) + (actor + H * H + H * A)
+    assert speed.flops(agent.update_low, 2) == 2 * B * (every + delayed / 2)
 
 
 @pytest.mark.parametrize("name", ["td3", "buffers", "relabel", "envs"])
@@ -1504,6 +1544,9 @@ BAD_INPUTS = {
     POINT + "--total-steps 1.5": "not a whole number",
     POINT + "--total-steps many": "invalid whole number",
     POINT + "--total-steps inf": "whole number",
+    POINT + "--high-random 1.5": "must be between 0 and 1",
+    POINT + "--profile --run-dir x": "--run-dir does not go with --profile",
+    POINT + "--profile --plot x.png": "--plot goes with --eval-only POLICY",
     POINT + "--seed -1": "must not be negative",
     POINT + "--seed 0.5": "not a whole number",
     POINT + "--eval-every 0": "must be at least 1",

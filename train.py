@@ -16,6 +16,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from dataclasses import dataclass
@@ -285,23 +286,11 @@ class Training:
 
     def train(self):
         """The loop of the paper: act, step, store, learn; now and then evaluate and save."""
-        run, agent = self.run, self.agent
+        run = self.run
         began, first = time.perf_counter(), self.step
         while self.step < run.total_steps and not self.stop:
-            action = agent.act(self.obs)
-            self.check_finite("action", action)
-            next_obs, reward, terminated, truncated, info = self.envs.step(action)
-            self.check_finite("state", next_obs)
-            agent.observe(self.obs, action, reward, next_obs, terminated, truncated)
-            self.obs = reset_done(self.envs, next_obs, terminated | truncated)
-            before, self.step = self.step, self.step + run.num_envs
-            self.warnings += int(info["simulator_warnings"].sum())
-
-            if self.step > self.config.start_steps and len(agent.high_buffer) > 0:
-                self.owed += run.num_envs
-                while self.owed >= self.config.update_every:
-                    self.owed -= self.config.update_every
-                    self.learn()
+            before = self.step
+            self.interact()
 
             def due(every, before=before):
                 return self.step // every > before // every or self.step >= run.total_steps
@@ -318,6 +307,24 @@ class Training:
         if self.step < run.total_steps:  # stopped by a signal
             self.save()
             print(f"{clear_line()}stopped at step {self.step}; go on with --resume {self.folder}")
+
+    def interact(self):
+        """One step of every environment, and the gradient steps that it calls for."""
+        run, agent = self.run, self.agent
+        action = agent.act(self.obs)
+        self.check_finite("action", action)
+        next_obs, reward, terminated, truncated, info = self.envs.step(action)
+        self.check_finite("state", next_obs)
+        agent.observe(self.obs, action, reward, next_obs, terminated, truncated)
+        self.obs = reset_done(self.envs, next_obs, terminated | truncated)
+        self.step += run.num_envs
+        self.warnings += int(info["simulator_warnings"].sum())
+
+        if self.step > self.config.start_steps and len(agent.high_buffer) > 0:
+            self.owed += run.num_envs
+            while self.owed >= self.config.update_every:
+                self.owed -= self.config.update_every
+                self.learn()
 
     def learn(self):
         """One low-level update, and one high-level update for every c of them."""
@@ -445,6 +452,11 @@ def number(kind):
     return parse
 
 
+def flag(name):
+    """How a field is spelt on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 def build_parser():
     parser = Parser(
         prog="train.py",
@@ -460,21 +472,26 @@ def build_parser():
         "--video", metavar="FILE", help="with --eval-only: one episode, .gif or .mp4"
     )
     parser.add_argument("--render", action="store_true", help="with --eval-only: in a window")
+    parser.add_argument(
+        "--profile", action="store_true", help="train for a minute and print where the time goes"
+    )
     parser.add_argument("--which", choices=["best", "latest"], help="of policy.pt (default: best)")
     for name in BOTH_LEVELS:
         parser.add_argument(f"--{name}", type=number(float), help=f"--low-{name} and --high-{name}")
     for title, config in (("run", RunConfig), ("algorithm", HIROConfig)):
         group = parser.add_argument_group(title)
         for field in dataclasses.fields(config):
-            flag = "--" + field.name.replace("_", "-")
             text = field.metadata["help"].replace("%", "%%")
             if field.default is not None:
                 text += f" (default: {field.default})"
             if field.type is bool:
-                group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+                group.add_argument(
+                    flag(field.name), action=argparse.BooleanOptionalAction, help=text
+                )
             else:
                 kind = field.type if field.type is str else number(field.type)
-                group.add_argument(flag, type=kind, help=text, metavar=field.type.__name__.upper())
+                unit = field.type.__name__.upper()
+                group.add_argument(flag(field.name), type=kind, help=text, metavar=unit)
     return parser
 
 
@@ -482,14 +499,14 @@ def parse(argv):
     """Flags as typed -> {field: value}, only what was given; raises UserError."""
     parts = [arg.partition("=") for arg in argv]
     argv = [
-        flag.replace("_", "-") + equals + value if flag.startswith("--") else flag + equals + value
-        for flag, equals, value in parts
+        name.replace("_", "-") + equals + value if name.startswith("--") else name + equals + value
+        for name, equals, value in parts
     ]
     parser = build_parser()
     known, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        spellings = [text for action in parser._actions for text in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], spellings, 1)
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         raise UserError(f"unknown argument {unknown[0]}{hint}")
     given = vars(known)
@@ -522,8 +539,7 @@ def validate(run, config):
     def require(fine, name, rule):
         if not fine:
             source = config if hasattr(config, name) else run
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {getattr(source, name)}: {rule}")
+            raise UserError(f"{flag(name)} {getattr(source, name)}: {rule}")
 
     for source in (run, config):
         for field in dataclasses.fields(source):
@@ -537,7 +553,7 @@ def validate(run, config):
     require(run.threads >= 1, "threads", positive)
     for name in ("subgoal_steps", "batch_size", "hidden", "policy_delay", "update_every"):
         require(getattr(config, name) >= 1, name, positive)
-    for name in ("low_discount", "high_discount", "low_tau", "high_tau"):
+    for name in ("low_discount", "high_discount", "low_tau", "high_tau", "high_random"):
         require(getattr(config, name) <= 1, name, "must be between 0 and 1")
     for name in ("low_actor_lr", "low_critic_lr", "high_actor_lr", "high_critic_lr"):
         require(getattr(config, name) > 0, name, "must be positive")
@@ -614,10 +630,9 @@ def resume(given):
         raise UserError(f"--resume {folder}: config.json is damaged") from None
     for name, value in given.items():
         if name not in MAY_CHANGE and value != before.get(name, value):
-            flag = "--" + name.replace("_", "-")
             raise UserError(
-                f"{flag} {value} differs from the run's {before[name]}; "
-                f"only {', '.join('--' + n.replace('_', '-') for n in MAY_CHANGE)} may change"
+                f"{flag(name)} {value} differs from the run's {before[name]}; "
+                f"only {', '.join(map(flag, MAY_CHANGE))} may change"
             )
     run, config = configs({**before, **given, "run_dir": str(folder)})
     training = build(run, config, folder, newest(folder))
@@ -649,10 +664,23 @@ def newest(folder):
     return None
 
 
+def profile(given):
+    """Print where the time of a run goes; leaves nothing behind."""
+    from results import speed
+
+    for name in {"resume", "run_dir"} & given.keys():
+        raise UserError(f"{flag(name)} does not go with --profile")
+    with tempfile.TemporaryDirectory() as folder:
+        run, config = configs({**given, "run_dir": folder})
+        config = dataclasses.replace(config, start_steps=min(config.start_steps, speed.WARM_UP))
+        training = build(run, config, pathlib.Path(folder))
+        speed.profile(training, tasks.TASKS[run.env]())
+
+
 def eval_only(given):
     """Print what a saved policy achieves; draw, film or show it if asked to."""
     for name in given.keys() - EVAL_ONLY:
-        raise UserError(f"--{name.replace('_', '-')} does not go with --eval-only")
+        raise UserError(f"{flag(name)} does not go with --eval-only")
     path, figure, film = given.pop("eval_only"), given.pop("plot", None), given.pop("video", None)
     show = given.pop("render", False)
     policy = load(path, "policy")
@@ -660,9 +688,9 @@ def eval_only(given):
         raise UserError(f"--eval-only {path}: not a policy.pt of this program")
     if given.get("env", policy["env"]) != policy["env"]:
         raise UserError(f"--eval-only {path} is a policy for {policy['env']}, not {given['env']}")
-    for flag, file in (("--plot", figure), ("--video", film)):
+    for name, file in (("plot", figure), ("video", film)):
         if file and not pathlib.Path(file).absolute().parent.is_dir():
-            raise UserError(f"{flag} {file}: there is no such folder")
+            raise UserError(f"{flag(name)} {file}: there is no such folder")
     if figure and show:
         raise UserError("--plot and --render do not go together")
     if show and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
@@ -677,7 +705,8 @@ def eval_only(given):
     print(f"{run.env}, trained for {chosen['step']:,} steps, {run.eval_episodes} episodes")
 
     copies = 1 if show else min(run.eval_episodes, EVAL_COPIES)
-    envs = make_envs(run, copies, evaluate=True, render_mode="human" if show else None)
+    window = dict(render_mode="human", width=800, height=800) if show else {}
+    envs = make_envs(run, copies, evaluate=True, **window)
     watch = mark_subgoal(envs) if show else None
     if figure:
         watch = plot.Trace(envs, config.subgoal_steps)
@@ -763,8 +792,10 @@ def main(argv=None):
         given = parse(sys.argv[1:] if argv is None else argv)
         if "eval_only" in given:
             return eval_only(given)
-        for flag in {"plot", "video", "render", "which"} & given.keys():
-            raise UserError(f"--{flag} goes with --eval-only POLICY")
+        for name in {"plot", "video", "render", "which"} & given.keys():
+            raise UserError(f"{flag(name)} goes with --eval-only POLICY")
+        if given.pop("profile", False):
+            return profile(given)
         training = resume(given) if "resume" in given else start(given)
 
         def stop(*_):

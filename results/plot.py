@@ -23,6 +23,7 @@ def pyplot():
     except ImportError:
         sys.exit("plot: this needs matplotlib; pip install matplotlib")
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "hiro"
     import matplotlib.pyplot
 
     return matplotlib.pyplot
@@ -70,6 +71,8 @@ def curves(groups, stem):
         axis.plot(steps / 1e6, median, color=BLUE, lw=2.4)
         if task in PAPER:
             axis.axhline(PAPER[task], color=GREY, ls="--", lw=1.2)
+            place = dict(transform=axis.get_yaxis_transform(), va="top", fontsize=8, color=GREY)
+            axis.text(0.01, PAPER[task] - 0.015, f"paper {PAPER[task]}", **place)
         if name == "success_rate":
             solved = sum(run[name][-1] >= 0.9 for run in runs)
             note = f"{solved} of {len(runs)} seeds ≥ 90 %"
@@ -83,7 +86,8 @@ def curves(groups, stem):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     for suffix in (".png", ".svg"):
-        figure.savefig(f"{stem}{suffix}", dpi=150)
+        undated = {"Date": None} if suffix == ".svg" else None  # the same data, the same file
+        figure.savefig(f"{stem}{suffix}", dpi=150, metadata=undated)
     plt.close(figure)
 
 
