@@ -3,7 +3,8 @@
 python results/walk.py POLICY ...   policy.pt files of the ant tasks
 
 Every c steps a fresh subgoal of `reach` metres in one of eight directions, nothing asked of the
-other dimensions, for 200 steps (20 s); printed is the progress in that direction, in metres.
+other dimensions, for 200 steps (20 s); printed is the progress in that direction, in metres, and
+how many of the eight ants lie on their backs at the end.
 """
 
 import pathlib
@@ -23,8 +24,8 @@ class OpenFloor(AntMaze):
 
 
 def walk(agent, reach=10.0, steps=200, directions=8, seed=0):
-    """Progress [directions] along each commanded direction, m."""
-    progress = []
+    """Progress [directions] where commanded, m, and which ants [directions] fell over."""
+    progress, fallen = [], []
     for k in range(directions):
         angle = 2 * np.pi * k / directions
         heading = np.array([np.cos(angle), np.sin(angle)])
@@ -42,7 +43,8 @@ def walk(agent, reach=10.0, steps=200, directions=8, seed=0):
             subgoal = goal_transition(obs[None], subgoal, next_obs[None])
             obs = next_obs
         progress.append(float((obs[:2] - start) @ heading))
-    return np.array(progress)
+        fallen.append(obs[4] ** 2 + obs[5] ** 2 > 0.5)  # the torso's axis points downwards
+    return np.array(progress), np.array(fallen)
 
 
 def main(paths):
@@ -53,10 +55,11 @@ def main(paths):
         for which in ("latest", "best"):
             agent.load_policy_dict(policy[which])
             for reach in (10.0, 3.0):
-                metres = walk(agent, reach)
+                metres, fallen = walk(agent, reach)
                 print(
                     f"{path} {which} at {policy[which]['step']:,}: told {reach:.0f} m, "
-                    f"mean {metres.mean():.1f} m in 20 s ({' '.join(f'{m:.1f}' for m in metres)})"
+                    f"mean {metres.mean():.1f} m in 20 s ({' '.join(f'{m:.1f}' for m in metres)}), "
+                    f"{fallen.sum()} fell over"
                 )
 
 
