@@ -12,6 +12,8 @@ What HIRO must know of a task stands in its class attributes:
     action_unit        what action 1.0 means: torque (ant) or m/s (point)
     score              what makes one policy better than another: success_rate or return
     total_steps        environment steps of one training run
+    random_subgoals    environment steps at its start with uniformly random subgoals, until the
+                       low level goes where it is told (--preset td3)
 """
 
 import os
@@ -51,6 +53,7 @@ class AntMaze(gymnasium.Env):
     action_unit = 30.0
     score = "success_rate"
     total_steps = 10_000_000
+    random_subgoals = 100_000
 
     maze = """
         # # # # #
@@ -383,6 +386,7 @@ class PointMaze(AntMaze):
     observation_scale = np.array([0.1, 0.1, 0.2, 0.2, 1, 0.1, 0.1], np.float32)
     action_unit = 4.0
     total_steps = 100_000
+    random_subgoals = 20_000
     max_steps = 300
 
     def _robot(self):

@@ -50,7 +50,7 @@ class HIROConfig:
     units: str = option("range", "what networks see and noise is measured in: range or raw")
     subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)")
     # Differs 5 and 6: a shorter horizon below, faster targets above
-    low_discount: float = option(0.95, "gamma, per step (C.2: .99)")
+    low_discount: float = option(0.98, "gamma, per step (C.2: .99)")
     high_discount: float = option(0.99, "gamma, per c steps (C.2)")
     low_tau: float = option(0.005, "tau: how far targets move at a delayed update (C.2)")
     high_tau: float = option(0.05, "tau: how far targets move at a delayed update (C.2: .005)")
@@ -68,7 +68,8 @@ class HIROConfig:
     high_actor_lr: float = option(1e-3, "Adam step size (C.2)")
     high_critic_lr: float = option(3e-3, "Adam step size (C.2)")
     low_reward_scale: float = option(1.0, "factor on the intrinsic reward (C.2)")
-    high_reward_scale: float = option(0.1, "factor on the environment's reward (C.2)")
+    # Differs 6: errors of Q within the quadratic part of the Huber loss
+    high_reward_scale: float = option(0.01, "factor on the environment's reward (C.2: .1)")
     carry_subgoal: bool = option(
         True,
         "at a segment's end the low level's g_{t+1} is still h(s, g, s'), not the fresh subgoal",
@@ -78,8 +79,10 @@ class HIROConfig:
     # Differs 3: a uniformly random start
     start_steps: int = option(10_000, "environment steps before the first update")
     low_uniform_steps: int = option(10_000, "environment steps with uniformly random actions")
-    high_uniform_steps: int = option(50_000, "environment steps with uniformly random subgoals")
-    high_random: float = option(0.0, "share of subgoals that stay uniformly random after that")
+    high_uniform_steps: int = option(
+        100_000, "environment steps with uniformly random subgoals (PointMaze: 20000)"
+    )
+    high_random: float = option(0.2, "share of subgoals that stay uniformly random after that")
     update_every: int = option(
         1, "environment steps per low-level update (C.2); high: c times that"
     )
@@ -95,6 +98,7 @@ PRESETS = {
         carry_subgoal=False,
         low_discount=0.99,
         high_tau=0.005,
+        high_reward_scale=0.1,
         units="raw",
         low_noise=1.0,
         high_noise=1.0,
@@ -105,6 +109,7 @@ PRESETS = {
         start_steps=2_500,
         low_uniform_steps=0,
         high_uniform_steps=0,
+        high_random=0.0,
     ),
 }
 

@@ -38,7 +38,8 @@ def randn(*shape, seed=0):
 
 def small(**changes):
     """An agent's configuration that learns nothing useful, quickly."""
-    few = dict(hidden=16, batch_size=8, start_steps=40, low_uniform_steps=0, high_uniform_steps=0)
+    few = dict(hidden=16, batch_size=8, start_steps=40)
+    few |= dict(low_uniform_steps=0, high_uniform_steps=0, high_random=0.0)
     return HIROConfig(**{**few, **changes})
 
 
@@ -494,6 +495,7 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(
         start_steps=10**6,
         low_uniform_steps=70 * random,
         high_uniform_steps=70 * random,
+        high_reward_scale=0.1,
         carry_subgoal=carry,
     )
     run = train.RunConfig(

@@ -519,16 +519,18 @@ def parse(argv):
 
 def configs(given):
     """The run's and the algorithm's configuration from flags, preset and defaults."""
-    names = {field.name for field in dataclasses.fields(HIROConfig)}
-    chosen = {name: value for name, value in given.items() if name in names}
-    config = HIROConfig(**{**PRESETS[given.get("preset", "td3")], **chosen})
     names = {field.name for field in dataclasses.fields(RunConfig)}
     run = RunConfig(**{name: value for name, value in given.items() if name in names})
     if run.env not in tasks.TASKS:
         problem = "--env is missing" if run.env is None else f"--env {run.env} is unknown"
         raise UserError(f"{problem}; choose from {', '.join(tasks.TASKS)}")
+    task = tasks.TASKS[run.env]
+    names = {field.name for field in dataclasses.fields(HIROConfig)}
+    chosen = {name: value for name, value in given.items() if name in names}
+    usual = {"high_uniform_steps": task.random_subgoals, **PRESETS[given.get("preset", "td3")]}
+    config = HIROConfig(**{**usual, **chosen})
     if run.total_steps is None:
-        run.total_steps = tasks.TASKS[run.env].total_steps
+        run.total_steps = task.total_steps
     validate(run, config)
     return run, config
 
