@@ -1277,10 +1277,9 @@ def test_flags_come_from_the_dataclasses_and_are_forgiving(run_train):
 def test_profile_adds_up_and_counts_products_by_hand(run_train, monkeypatch, tmp_path):
     from results import speed
 
-    monkeypatch.setattr(speed, "SECONDS", 1)
     monkeypatch.setattr(speed, "WARM_UP", 40)
     monkeypatch.chdir(tmp_path)
-    out = run_train("--env", "PointMaze", "--profile", "--hidden", "32", "--batch-size", "16")[1]
+    out = run_train("--env", "PointMaze", "--profile", 1, "--hidden", "32", "--batch-size", "16")[1]
     table = {line[:16].strip(): line[16:].split() for line in out.splitlines()}
     parts = [*speed.PARTS, "everything else"]
     for column in (0, 1):
@@ -1547,6 +1546,7 @@ BAD_INPUTS = {
     POINT + "--total-steps many": "invalid whole number",
     POINT + "--total-steps inf": "whole number",
     POINT + "--high-random 1.5": "must be between 0 and 1",
+    POINT + "--profile 0": "must be positive",
     POINT + "--profile --run-dir x": "--run-dir does not go with --profile",
     POINT + "--profile --plot x.png": "--plot goes with --eval-only POLICY",
     POINT + "--seed -1": "must not be negative",

@@ -473,7 +473,12 @@ def build_parser():
     )
     parser.add_argument("--render", action="store_true", help="with --eval-only: in a window")
     parser.add_argument(
-        "--profile", action="store_true", help="train for a minute and print where the time goes"
+        "--profile",
+        nargs="?",
+        const=60.0,
+        type=number(float),
+        metavar="SECONDS",
+        help="train for a minute, or SECONDS, and print where the time goes",
     )
     parser.add_argument("--which", choices=["best", "latest"], help="of policy.pt (default: best)")
     for name in BOTH_LEVELS:
@@ -670,13 +675,16 @@ def profile(given):
     """Print where the time of a run goes; leaves nothing behind."""
     from results import speed
 
+    seconds = given.pop("profile")
+    if not 0 < seconds < math.inf:
+        raise UserError(f"--profile {seconds}: must be positive")
     for name in {"resume", "run_dir"} & given.keys():
         raise UserError(f"{flag(name)} does not go with --profile")
     with tempfile.TemporaryDirectory() as folder:
         run, config = configs({**given, "run_dir": folder})
         config = dataclasses.replace(config, start_steps=min(config.start_steps, speed.WARM_UP))
         training = build(run, config, pathlib.Path(folder))
-        speed.profile(training, tasks.TASKS[run.env]())
+        speed.profile(training, tasks.TASKS[run.env](), seconds)
 
 
 def eval_only(given):
@@ -796,7 +804,7 @@ def main(argv=None):
             return eval_only(given)
         for name in {"plot", "video", "render", "which"} & given.keys():
             raise UserError(f"{flag(name)} goes with --eval-only POLICY")
-        if given.pop("profile", False):
+        if "profile" in given:
             return profile(given)
         training = resume(given) if "resume" in given else start(given)
 

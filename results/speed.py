@@ -1,8 +1,8 @@
-"""Where the time goes: python train.py --env AntMaze --profile [any other flag of a run].
+"""Where the time goes: python train.py --env AntMaze --profile [SECONDS] [flags].
 
-Real training for a minute; beside each part's milliseconds per environment step stands the least
-that they could be: the part's matrix products at the speed this machine reaches on one large
-product, and the simulator's bare mj_step.
+Real training, for a minute by default. Beside each part's milliseconds per environment step stands
+the least that they could be: its matrix products at the speed this machine reaches on one product
+of that many rows, and the simulator's bare mj_step.
 """
 
 import time
@@ -11,7 +11,6 @@ import mujoco
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-SECONDS = 60
 WARM_UP = 1_000  # environment steps
 PARTS = ("acting", "simulator", "storing", "low update", "relabelling", "high update")
 
@@ -80,8 +79,8 @@ def bare_simulator(env):
     return min(tries)
 
 
-def profile(training, env):
-    """Train for a minute and print the table; `env` is one environment of the same task."""
+def profile(training, env, seconds):
+    """Train for so long and print the table; `env` is one environment of the same task."""
     agent, config, run = training.agent, training.config, training.run
     while agent.low.updates < 2 * config.policy_delay * config.subgoal_steps:
         training.interact()
@@ -111,7 +110,7 @@ def profile(training, env):
     ):
         watch.wrap(owner, method, part)
     start, first = watch.now(), training.step
-    while (elapsed := watch.now() - start) < SECONDS:
+    while (elapsed := watch.now() - start) < seconds:
         training.interact()
     steps = training.step - first
 
