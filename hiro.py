@@ -4,7 +4,7 @@ The high level says every c steps by how much the state should change (the subgo
 is rewarded for getting there. Both learn with TD3, from replay buffers of their own.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -49,14 +49,14 @@ class HIROConfig:
 
     units: str = option("range", "what networks see and noise is measured in: range or raw")
     subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)")
-    # Differs 5 and 6: a shorter horizon below, faster targets above
+    # Differs 5 and 6: a shorter horizon for the low level, faster targets for the high level
     low_discount: float = option(0.98, "gamma, per step (C.2: .99)")
     high_discount: float = option(0.99, "gamma, per c steps (C.2)")
     low_tau: float = option(0.005, "tau: how far targets move at a delayed update (C.2)")
     high_tau: float = option(0.05, "tau: how far targets move at a delayed update (C.2: .005)")
     batch_size: int = option(100, "transitions per gradient step, both levels")
     hidden: int = option(300, "units in each of the two hidden layers (C.1)")
-    # Differs 2: noise in fractions of the range
+    # Differs 2: all noise in fractions of the range
     low_noise: float = option(0.2, "sigma: exploration of the low level (C.2)")
     high_noise: float = option(0.2, "sigma: exploration of the high level (C.2)")
     policy_noise: float = option(0.2, "std of the target policy smoothing, both levels")
@@ -80,7 +80,7 @@ class HIROConfig:
     start_steps: int = option(10_000, "environment steps before the first update")
     low_uniform_steps: int = option(10_000, "environment steps with uniformly random actions")
     high_uniform_steps: int = option(
-        100_000, "environment steps with uniformly random subgoals (PointMaze: 20000)"
+        None, "environment steps with uniformly random subgoals (default: the task's)"
     )
     high_random: float = option(0.2, "share of subgoals that stay uniformly random after that")
     update_every: int = option(
@@ -168,7 +168,10 @@ class HIRO:
     """
 
     def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
-        self.config = config = config or HIROConfig()
+        config = config or HIROConfig()
+        if config.high_uniform_steps is None:
+            config = replace(config, high_uniform_steps=task.random_subgoals)
+        self.config = config
         self.device = torch.device(device)
         cpu = torch.cpu.get_capabilities()  # without instructions for it bfloat16 is very slow
         self.bfloat16 = self.device.type == "cuda" or cpu.get("avx512_bf16", False)
@@ -274,7 +277,7 @@ class HIRO:
         """g_t [N, d] = mu^hi(s_t, target), exploring: with noise, clipped; uniform at first."""
         if explore and self.steps < self.config.high_uniform_steps:
             return self._uniform(len(obs), self.high.max_action)
-        subgoal = self._explore(self.high.actor(obs), self.high, self.high_noise, explore)
+        subgoal = self._explore(self.high.act(obs), self.high, self.high_noise, explore)
         if explore and self.config.high_random:
             chance = torch.rand(len(obs), 1, generator=self.generator, device=self.device)
             uniform = self._uniform(len(obs), self.high.max_action)

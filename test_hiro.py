@@ -1277,7 +1277,7 @@ def test_flags_come_from_the_dataclasses_and_are_forgiving(run_train):
 def test_profile_adds_up_and_counts_products_by_hand(run_train, monkeypatch, tmp_path):
     from results import speed
 
-    monkeypatch.setattr(speed, "WARM_UP", 40)
+    monkeypatch.setitem(speed.SHORT_START, "start_steps", 40)
     monkeypatch.chdir(tmp_path)
     out = run_train("--env", "PointMaze", "--profile", 1, "--hidden", "32", "--batch-size", "16")[1]
     table = {line[:16].strip(): line[16:].split() for line in out.splitlines()}
@@ -1413,6 +1413,16 @@ def test_config_json_remembers_resumes(tmp_path, run_train, whole_run):
     assert config["run"]["total_steps"] == 950 and config["resumed"][0]["step"] == 900
     code, out, _ = run_train("--resume", folder)
     assert code == 0 and "complete" in out
+
+
+def test_resume_refuses_settings_that_another_version_did_not_have(tmp_path, run_train, whole_run):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["algorithm"]["high_random"]
+    (folder / "config.json").write_text(json.dumps(config))
+    code, _, err = run_train("--resume", folder, "--total-steps", 950)
+    assert code == 2 and "high_random was another setting" in err and err.count("\n") == 1
 
 
 def test_correction_can_be_left_out(tmp_path, run_train):
@@ -1651,6 +1661,41 @@ def test_curves_are_drawn_from_csv_files_even_torn_ones(whole_run, tmp_path):
     assert [len(run["step"]) for run in groups["PointMaze"]] == [5, 5]
     plot.main([str(folder)])
     assert (folder / "curves.png").exists() and (folder / "curves.svg").exists()
+
+
+def test_curves_leave_the_history_out_unless_it_is_asked_for(whole_run, tmp_path):
+    from results import plot
+
+    shutil.copytree(whole_run, tmp_path / "history")
+    assert plot.find([tmp_path], without="history") == {}
+    assert list(plot.find([tmp_path])) == ["PointMaze"]
+
+
+def test_walk_measures_progress_and_falls(whole_run):
+    from results import walk
+
+    agent = HIRO(tasks.AntMaze, small())
+    walked, fallen = walk.walk(agent, steps=20, directions=2)
+    assert np.abs(walked).max() < 1 and not fallen.any(), "an untrained ant stands where it is"
+    agent.low_action = lambda *_, **__: torch.ones(1, 8)
+    upside_down = []
+    reset = walk.OpenFloor.reset
+
+    def flipped(env, **kwargs):
+        reset(env, **kwargs)
+        env.data.qpos[3:7] = 0, 1, 0, 0
+        upside_down.append(env)
+        return env._observation(), {}
+
+    walk.OpenFloor.reset = flipped
+    try:
+        _, fallen = walk.walk(agent, steps=2, directions=2)
+    finally:
+        walk.OpenFloor.reset = reset
+    assert fallen.all() and len(upside_down) == 2
+    for paths, words in (([], "name one policy.pt"), ([whole_run / "policy.pt"], "no ant's state")):
+        with pytest.raises(SystemExit, match=words):
+            walk.main(paths)
 
 
 def test_a_video_shows_an_episode(whole_run, run_train, tmp_path, off_screen, monkeypatch):

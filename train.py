@@ -189,6 +189,13 @@ def load(path, what):
         raise UserError(f"{path}: not a readable {what} ({reason})") from None
 
 
+def load_policy(path):
+    policy = load(path, "policy")
+    if not isinstance(policy, dict) or policy.get("format") != "hiro policy 1":
+        raise UserError(f"{path}: not a policy.pt of this program")
+    return policy
+
+
 def versions():
     """What the numbers of a run depend on besides its arguments."""
     folder = pathlib.Path(__file__).resolve().parent
@@ -217,11 +224,13 @@ class Progress:
         self.columns = columns
         self.success_rate = math.nan
         self.writer = None  # of TensorBoard scalars
-        print("  ".join(f"{name:>16}" for name in (*self.TABLE, "steps_per_second")), flush=True)
 
     def start(self, text):
         """Make the file hold `text` and nothing else: rows behind a checkpoint are lived again."""
         write_atomically(self.path, lambda file: file.write(text.encode()))
+
+    def header(self):
+        print("  ".join(f"{name:>16}" for name in (*self.TABLE, "steps_per_second")), flush=True)
 
     def add(self, row, speed):
         line = io.StringIO()
@@ -287,6 +296,7 @@ class Training:
     def train(self):
         """The loop of the paper: act, step, store, learn; now and then evaluate and save."""
         run = self.run
+        self.progress.header()
         began, first = time.perf_counter(), self.step
         while self.step < run.total_steps and not self.stop:
             before = self.step
@@ -327,9 +337,14 @@ class Training:
                 self.learn()
 
     def learn(self):
-        """One low-level update, and one high-level update for every c of them."""
+        """One low-level update, and one high-level update for every c of them.
+
+        The high level learns from when the subgoals are its own: before, when nothing yet follows
+        them, its actor would run into a corner of the range for good (Differs 3).
+        """
         self.count("low", self.agent.update_low())
-        if self.agent.low.updates % self.config.subgoal_steps == 0:
+        own = self.step > self.config.high_uniform_steps
+        if own and self.agent.low.updates % self.config.subgoal_steps == 0:
             self.count("high", self.agent.update_high())
 
     def count(self, level, metrics):
@@ -532,8 +547,9 @@ def configs(given):
     task = tasks.TASKS[run.env]
     names = {field.name for field in dataclasses.fields(HIROConfig)}
     chosen = {name: value for name, value in given.items() if name in names}
-    usual = {"high_uniform_steps": task.random_subgoals, **PRESETS[given.get("preset", "td3")]}
-    config = HIROConfig(**{**usual, **chosen})
+    config = HIROConfig(**{**PRESETS[given.get("preset", "td3")], **chosen})
+    if config.high_uniform_steps is None:
+        config.high_uniform_steps = task.random_subgoals
     if run.total_steps is None:
         run.total_steps = task.total_steps
     validate(run, config)
@@ -633,8 +649,14 @@ def resume(given):
     try:
         saved = json.loads((folder / "config.json").read_text())
         before = {"preset": saved["preset"], **saved["run"], **saved["algorithm"]}
+        started, settings = saved["versions"]["commit"], set(saved["algorithm"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--resume {folder}: config.json is damaged") from None
+    if other := settings ^ {field.name for field in dataclasses.fields(HIROConfig)}:
+        raise UserError(
+            f"--resume {folder}: started at commit {started}, when {', '.join(sorted(other))} "
+            "was another setting or none; go on with the code of that commit"
+        )
     for name, value in given.items():
         if name not in MAY_CHANGE and value != before.get(name, value):
             raise UserError(
@@ -644,8 +666,8 @@ def resume(given):
     run, config = configs({**before, **given, "run_dir": str(folder)})
     training = build(run, config, folder, newest(folder))
     now = versions()
-    if now["commit"] != saved["versions"]["commit"]:
-        print(f"note: started at commit {saved['versions']['commit']}, now {now['commit']}")
+    if now["commit"] != started:
+        print(f"note: started at commit {started}, now {now['commit']}")
     saved["run"] = dataclasses.asdict(run)
     saved.setdefault("resumed", []).append({"step": training.step, **now})
     save_config(folder, saved)
@@ -682,7 +704,7 @@ def profile(given):
         raise UserError(f"{flag(name)} does not go with --profile")
     with tempfile.TemporaryDirectory() as folder:
         run, config = configs({**given, "run_dir": folder})
-        config = dataclasses.replace(config, start_steps=min(config.start_steps, speed.WARM_UP))
+        config = dataclasses.replace(config, **speed.SHORT_START)
         training = build(run, config, pathlib.Path(folder))
         speed.profile(training, tasks.TASKS[run.env](), seconds)
 
@@ -693,9 +715,7 @@ def eval_only(given):
         raise UserError(f"{flag(name)} does not go with --eval-only")
     path, figure, film = given.pop("eval_only"), given.pop("plot", None), given.pop("video", None)
     show = given.pop("render", False)
-    policy = load(path, "policy")
-    if not isinstance(policy, dict) or policy.get("format") != "hiro policy 1":
-        raise UserError(f"--eval-only {path}: not a policy.pt of this program")
+    policy = load_policy(path)
     if given.get("env", policy["env"]) != policy["env"]:
         raise UserError(f"--eval-only {path} is a policy for {policy['env']}, not {given['env']}")
     for name, file in (("plot", figure), ("video", film)):

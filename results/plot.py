@@ -36,8 +36,11 @@ def read(path):
     return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]} if rows else {}
 
 
-def find(folders):
-    """Every CSV below the folders that has its run's JSON beside it: {"AntMaze": [curve, ...]}."""
+def find(folders, without=None):
+    """Every CSV below the folders that has its run's JSON beside it: {"AntMaze": [curve, ...]}.
+
+    without  the name of a folder to leave out
+    """
     groups = {}
     for folder in folders:
         paths = sorted(pathlib.Path(folder).rglob("*.csv"))
@@ -45,7 +48,7 @@ def find(folders):
             beside = [path.with_name("config.json"), path.with_suffix(".json")]
             config = next((file for file in beside if file.exists()), None)
             curve = read(path) if config else {}
-            if curve and "history" not in path.parts:  # runs of earlier settings
+            if curve and path.parent.name != without:
                 task = json.loads(config.read_text())["run"]["env"]
                 groups.setdefault(task, []).append(curve)
     return groups
@@ -178,7 +181,7 @@ def trajectories(path, env, episodes, arrows=5):
 
 
 def main(folders):
-    groups = find(folders or [HERE])
+    groups = find(folders) if folders else find([HERE], without="history")  # earlier settings
     if not groups:
         sys.exit(f"plot: no progress.csv with an evaluation below {', '.join(folders) or HERE}")
     stem = pathlib.Path(folders[0] if folders else HERE) / "curves"

@@ -2,7 +2,8 @@
 
 Real training, for a minute by default. Beside each part's milliseconds per environment step stands
 the least that they could be: its matrix products at the speed this machine reaches on one product
-of that many rows, and the simulator's bare mj_step.
+of batch_size rows (relabelling: of all candidates and steps, in the precision that is used), and
+the simulator's bare mj_step, one copy after the other. On a GPU each part waits for the one before.
 """
 
 import time
@@ -11,7 +12,7 @@ import mujoco
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-WARM_UP = 1_000  # environment steps
+SHORT_START = dict(start_steps=1_000, low_uniform_steps=0, high_uniform_steps=0)
 PARTS = ("acting", "simulator", "storing", "low update", "relabelling", "high update")
 
 
@@ -20,7 +21,7 @@ class Stopwatch:
 
     def __init__(self, device):
         self.cuda = device.type == "cuda"
-        self.seconds, self.calls = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
         self.nested = 0.0
 
     def now(self):
@@ -37,16 +38,15 @@ class Stopwatch:
             result = inner(*args, **kwargs)
             elapsed = self.now() - start
             self.seconds[part] += elapsed - self.nested
-            self.calls[part] += 1
             self.nested = outside + elapsed
             return result
 
         setattr(owner, method, timed)
 
 
-def flops_per_second(rows, hidden, device):
-    """Of a float32 product [rows, hidden] x [hidden, hidden]: the best of ten tries."""
-    a, b = torch.randn(rows, hidden, device=device), torch.randn(hidden, hidden, device=device)
+def flops_per_second(rows, hidden, device, dtype=torch.float32):
+    """Of a product [rows, hidden] x [hidden, hidden]: the best of ten tries."""
+    a, b = (torch.randn(n, hidden, device=device).to(dtype) for n in (rows, hidden))
     watch, tries = Stopwatch(device), []
     repeats = 1 + 20_000 // rows
     for _ in range(10):
@@ -84,24 +84,29 @@ def profile(training, env, seconds):
     agent, config, run = training.agent, training.config, training.run
     while agent.low.updates < 2 * config.policy_delay * config.subgoal_steps:
         training.interact()
-    small, large = config.batch_size, agent.config.num_candidates * config.subgoal_steps
-    small_rate = flops_per_second(small, config.hidden, agent.device)
-    large_rate = flops_per_second(small * large, config.hidden, agent.device)
-    batch = agent.high_buffer.sample(config.batch_size)
+    rows = config.batch_size, config.batch_size * config.num_candidates * config.subgoal_steps
+    dtype = torch.bfloat16 if agent.bfloat16 else torch.float32
+    small = flops_per_second(rows[0], config.hidden, agent.device)
+    large = flops_per_second(rows[1], config.hidden, agent.device, dtype)
+    batch, obs = agent.high_buffer.sample(config.batch_size), agent.tensor(training.obs)
     relabelling = flops(lambda: agent.correct(batch)) if config.correction else 0
-    high = flops(agent.update_high, config.policy_delay) - relabelling
-    obs = agent.tensor(training.obs)
-    floors = {  # seconds per call
-        "acting": flops(lambda: agent.low_action(obs, agent.hierarchy.subgoal, False)) / small_rate,
-        "simulator": bare_simulator(env) * run.num_envs,
+    high = flops(lambda: agent.high_action(obs, False)) / config.subgoal_steps
+    acting = high + flops(lambda: agent.low_action(obs, agent.hierarchy.subgoal, False))
+    segment = config.update_every * config.subgoal_steps
+    floors = {  # seconds per environment step
+        "acting": acting / run.num_envs / small,
+        "simulator": bare_simulator(env),
         "storing": 0.0,
-        "low update": flops(agent.update_low, config.policy_delay) / small_rate,
-        "relabelling": relabelling / large_rate,
-        "high update": high / small_rate,
+        "low update": flops(agent.update_low, config.policy_delay) / config.update_every / small,
+        "relabelling": relabelling / segment / large,
+        "high update": (flops(agent.update_high, config.policy_delay) - relabelling)
+        / segment
+        / small,
     }
     watch = Stopwatch(agent.device)
     for owner, method, part in (
         (agent, "act", "acting"),
+        (agent, "high_action", "acting"),
         (training.envs, "step", "simulator"),
         (agent, "observe", "storing"),
         (agent, "update_low", "low update"),
@@ -116,14 +121,12 @@ def profile(training, env, seconds):
 
     print(f"{run.env}, {run.threads} thread(s), {run.num_envs} environment(s), {agent.device}")
     print(f"{steps:,} steps in {elapsed:.0f} s: {steps / elapsed:.1f} environment steps/s")
-    print(f"float32 products: {small_rate / 1e9:.0f} GFLOP/s at {small} rows, ", end="")
-    print(f"{large_rate / 1e9:.0f} at {small * large:,}")
+    print(f"products: {small / 1e9:.0f} GFLOP/s at {rows[0]} rows, ", end="")
+    print(f"{large / 1e9:.0f} at {rows[1]:,} ({str(dtype)[6:]})")
     print(f"\n{'part':<16}{'ms per step':>12}{'floor':>10}")
-    floor = 0.0
     for part in PARTS:
-        least = floors[part] * watch.calls[part] / steps
-        floor += least
-        print(f"{part:<16}{1e3 * watch.seconds[part] / steps:>12.3f}{1e3 * least:>10.3f}")
+        print(f"{part:<16}{1e3 * watch.seconds[part] / steps:>12.3f}{1e3 * floors[part]:>10.3f}")
+    floor = sum(floors.values())
     rest = elapsed - sum(watch.seconds.values())
     print(f"{'everything else':<16}{1e3 * rest / steps:>12.3f}{0:>10.3f}")
     print(f"{'total':<16}{1e3 * elapsed / steps:>12.3f}{1e3 * floor:>10.3f}")

@@ -16,7 +16,8 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from envs import TASKS, AntMaze
-from hiro import HIRO, HIROConfig, goal_transition
+from hiro import HIRO, goal_transition
+from train import UserError, configs, load_policy
 
 
 class OpenFloor(AntMaze):
@@ -49,9 +50,15 @@ def walk(agent, reach=10.0, steps=200, directions=8, seed=0):
 
 def main(paths):
     torch.set_num_threads(1)
-    for path in paths:
-        policy = torch.load(path, weights_only=True)
-        agent = HIRO(TASKS[policy["env"]], HIROConfig(**policy["config"]))
+    for path in paths or sys.exit("walk: name one policy.pt or more"):
+        try:
+            policy = load_policy(path)
+            _, config = configs({"env": policy["env"], **policy["config"]})
+        except UserError as error:
+            sys.exit(f"walk: {error}")
+        agent = HIRO(TASKS[policy["env"]], config)
+        if agent.state_dim != AntMaze.state_dim:
+            sys.exit(f"walk: {path} is a policy for {policy['env']}, which has no ant's state")
         for which in ("latest", "best"):
             agent.load_policy_dict(policy[which])
             for reach in (10.0, 3.0):
