@@ -773,6 +773,13 @@ def test_gradient_steps_follow_environment_steps__C_2(tmp_path):
         assert (training.agent.low.updates, training.agent.high.updates) == (low, high)
 
 
+def test_the_high_level_learns_from_when_its_subgoals_are_its_own(tmp_path):
+    run = train.RunConfig(env="PointMaze", total_steps=140, eval_episodes=1)
+    training = train.Training(run, small(start_steps=40, high_uniform_steps=90), tmp_path)
+    training.train()
+    assert (training.agent.low.updates, training.agent.high.updates) == (100, 5)
+
+
 def test_correction_uses_the_current_low_level_and_keeps_the_rest__3_3():
     agent = HIRO(tasks.PointMaze, small())
     rows = {name: randn(64, *shape) for name, shape in agent.high_buffer.fields.items()}
