@@ -1432,6 +1432,36 @@ def test_resume_refuses_settings_that_another_version_did_not_have(tmp_path, run
     assert code == 2 and "high_random was another setting" in err and err.count("\n") == 1
 
 
+def test_resume_refuses_other_columns(tmp_path, run_train, whole_run):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    path = train.checkpoints(folder)[0]
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "progress": "step,seed\n"}, path)
+    code, _, err = run_train("--resume", folder, "--total-steps", 950)
+    assert code == 2 and "other columns" in err and err.count("\n") == 1
+
+
+def test_training_episodes_are_counted_at_their_last_step(tmp_path):
+    run = train.RunConfig(env="PointMaze", total_steps=1300, num_envs=2, eval_episodes=1)
+    training = train.Training(run, small(start_steps=10**6), tmp_path)
+    seen, step = [], training.envs.step
+
+    def watched(action):
+        result = step(action)
+        seen.append((result[3], result[4]["distance"]))
+        return result
+
+    training.envs.step = watched
+    training.progress.start(",".join(training.columns) + "\n")
+    training.train()
+    final = np.concatenate([distance[done] for done, distance in seen])
+    (row,) = csv.DictReader((tmp_path / "progress.csv").read_text().splitlines())
+    assert len(final) == 4
+    assert math.isclose(float(row["train_distance"]), final.mean(), rel_tol=1e-5)
+    assert float(row["train_success_rate"]) == (final < 5).mean()
+
+
 def test_correction_can_be_left_out(tmp_path, run_train):
     args = ("--env", "PointMaze", "--no-correction", "--total-steps", 300, *QUICK)
     assert run_train(*args, "--run-dir", tmp_path / "run")[0] == 0

@@ -288,6 +288,7 @@ class Training:
         self.columns = [
             *("step", "seed", "success_rate", "return", "distance", "intrinsic_return"),
             *("relabelled", "seconds", "subgoal_progress", "low_q", "high_q"),
+            *("train_success_rate", "train_distance"),
             *("low_critic_loss", "high_critic_loss", "low_saturation", "high_saturation"),
             *("simulator_warnings", *chosen),
         ]
@@ -327,6 +328,9 @@ class Training:
         self.check_finite("state", next_obs)
         agent.observe(self.obs, action, reward, next_obs, terminated, truncated)
         self.obs = reset_done(self.envs, next_obs, terminated | truncated)
+        for i in np.flatnonzero(terminated | truncated):
+            final = float(info["is_success"][i]), float(info["distance"][i])
+            self.count("train", dict(zip(("success_rate", "distance"), final, strict=True)))
         self.step += run.num_envs
         self.warnings += int(info["simulator_warnings"].sum())
 
@@ -347,9 +351,9 @@ class Training:
         if own and self.agent.low.updates % self.config.subgoal_steps == 0:
             self.count("high", self.agent.update_high())
 
-    def count(self, level, metrics):
+    def count(self, source, metrics):
         for name, value in metrics.items():
-            key = f"{level}_{name}"
+            key = f"{source}_{name}"
             self.sums[key] = self.sums.get(key, 0) + value
             self.counts[key] = self.counts.get(key, 0) + 1
 
@@ -427,6 +431,9 @@ class Training:
 
     def restore(self, state):
         """Continue where save() was called."""
+        if state["progress"].split("\n")[0] != ",".join(self.columns):
+            problem = "its progress.csv has other columns; go on with the code it was started with"
+            raise UserError(f"--resume {self.folder}: {problem}")
         self.agent.load_state_dict(state["agent"])
         self.envs.set_attr("snapshot", state["envs"])
         self.obs = state["obs"].numpy()
