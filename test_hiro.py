@@ -845,7 +845,8 @@ def test_exploration_noise_is_clipped_and_has_the_stated_scale__C_2():
         ("td3", 0.2, 0.2 * tasks.AntMaze.subgoal_scale),
         ("paper", 1 / 30, 1),
     ):
-        agent = HIRO(tasks.AntMaze, HIROConfig(**{**PRESETS[preset], "hidden": 8}))
+        changes = {"hidden": 8, "high_random": 0.0}
+        agent = HIRO(tasks.AntMaze, HIROConfig(**{**PRESETS[preset], **changes}))
         agent.steps = 10**6
         obs = torch.zeros(20_000, 32)
         action = agent.low_action(obs, torch.zeros(20_000, 15), explore=True)
@@ -1171,7 +1172,7 @@ def run_train(capsys):
 
 
 QUICK = ("--hidden", 16, "--batch-size", 8, "--start-steps", 100, "--eval-episodes", 2)
-QUICK += ("--low-uniform-steps", 100, "--high-uniform-steps", 400)
+QUICK += ("--low-uniform-steps", 100, "--high-uniform-steps", 150)
 
 
 def rows_without_time(folder):
