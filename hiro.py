@@ -68,6 +68,8 @@ class HIROConfig:
     high_actor_lr: float = option(1e-3, "Adam step size (C.2)")
     high_critic_lr: float = option(3e-3, "Adam step size (C.2)")
     low_reward_scale: float = option(1.0, "factor on the intrinsic reward (C.2)")
+    # Differs 5: what one step did says something about every subgoal
+    low_relabel: float = option(0.5, "share of low-level samples with another one's subgoal (5.2)")
     # Differs 6: errors of Q within the quadratic part of the Huber loss
     high_reward_scale: float = option(0.01, "factor on the environment's reward (C.2: .1)")
     carry_subgoal: bool = option(
@@ -96,6 +98,7 @@ PRESETS = {
     "td3": {},
     "paper": dict(
         carry_subgoal=False,
+        low_relabel=0.0,
         low_discount=0.99,
         high_tau=0.005,
         high_reward_scale=0.1,
@@ -357,9 +360,23 @@ class HIRO:
     def update_low(self):
         """One TD3 step of the low level; returns its metrics."""
         batch = self.low_buffer.sample(self.config.batch_size)
+        self.swap_subgoals(batch)
         batch["state"] = self.low_input(batch["state"], batch["subgoal"])
         batch["next_state"] = self.low_input(batch["next_state"], batch["next_subgoal"])
         return self.low.update(batch)
+
+    def swap_subgoals(self, batch):
+        """Give the first low_relabel of a low-level batch the subgoals of their neighbours (5.2).
+
+        What the step did holds for any subgoal; only reward and next subgoal must follow.
+        """
+        n = round(self.config.low_relabel * len(batch["subgoal"]))
+        state, next_state = batch["state"][:n], batch["next_state"][:n]
+        subgoal = batch["subgoal"].roll(1, 0)[:n]  # rows are independent: any other will do
+        batch["subgoal"][:n] = subgoal
+        reward = intrinsic_reward(state, subgoal, next_state)
+        batch["reward"][:n] = self.config.low_reward_scale * reward
+        batch["next_subgoal"][:n] = goal_transition(state, subgoal, next_state)
 
     def update_high(self):
         """Relabel a batch with today's low level, then one TD3 step of the high level (3.3)."""

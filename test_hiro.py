@@ -592,7 +592,7 @@ def test_actions_follow_the_stored_subgoal_and_subgoals_the_state_they_are_set_i
 
 
 def test_low_update_pairs_next_state_with_next_subgoal__3_1():
-    agent = HIRO(tasks.PointMaze, small())
+    agent = HIRO(tasks.PointMaze, small(low_relabel=0.0))
     fields = enumerate(agent.low_buffer.fields.items())
     rows = {name: randn(50, *shape, seed=i) for i, (name, shape) in fields}
     agent.low_buffer.add(**rows)
@@ -606,6 +606,24 @@ def test_low_update_pairs_next_state_with_next_subgoal__3_1():
         assert torch.equal(batch[state], expected)
     for name in ("action", "terminated"):
         assert torch.equal(batch[name], rows[name][row])
+
+
+def test_a_share_of_low_samples_gets_another_one_s_subgoal__5_2():
+    agent = HIRO(tasks.PointMaze, small(low_relabel=0.3, low_reward_scale=2.0))
+    fields = enumerate(agent.low_buffer.fields.items())
+    before = {name: randn(10, *shape, seed=i) for i, (name, shape) in fields}
+    batch = {name: part.clone() for name, part in before.items()}
+    agent.swap_subgoals(batch)
+    for i in range(10):
+        expected = {name: part[i] for name, part in before.items()}
+        if i < 3:
+            g, s, after = before["subgoal"][i - 1], before["state"][i, :2], before["next_state"][i]
+            left = [float(s[k] + g[k] - after[k]) for k in range(2)]
+            expected["subgoal"] = g
+            expected["reward"] = torch.tensor(-2.0 * math.hypot(*left))
+            expected["next_subgoal"] = torch.tensor(left)
+        for name, value in expected.items():
+            torch.testing.assert_close(batch[name][i], value)
 
 
 def test_correction_ignores_what_lies_behind_a_short_segment__3_3():
@@ -1224,6 +1242,7 @@ def test_paper_preset_is_appendix_C_and_the_authors_code():
         "units": "raw",
         "subgoal_steps": 10,
         "carry_subgoal": False,
+        "low_relabel": 0.0,
         "low_discount": 0.99,
         "high_discount": 0.99,
         "low_tau": 0.005,

@@ -583,7 +583,8 @@ def validate(run, config):
     require(run.threads >= 1, "threads", positive)
     for name in ("subgoal_steps", "batch_size", "hidden", "policy_delay", "update_every"):
         require(getattr(config, name) >= 1, name, positive)
-    for name in ("low_discount", "high_discount", "low_tau", "high_tau", "high_random"):
+    fractions = "low_discount", "high_discount", "low_tau", "high_tau", "low_relabel", "high_random"
+    for name in fractions:
         require(getattr(config, name) <= 1, name, "must be between 0 and 1")
     for name in ("low_actor_lr", "low_critic_lr", "high_actor_lr", "high_critic_lr"):
         require(getattr(config, name) > 0, name, "must be positive")
