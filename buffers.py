@@ -32,11 +32,10 @@ class ReplayBuffer:
         """Append n rows: each field [n, *shape]; n is at most the capacity."""
         if rows.keys() != self.fields.keys():
             raise KeyError(f"rows have {sorted(rows)}, the buffer has {sorted(self.fields)}")
-        device = self.storage.device
-        parts = [torch.as_tensor(rows[name], dtype=torch.float32, device=device) for name in rows]
-        parts = dict(zip(rows, parts, strict=True))
-        n = len(parts[next(iter(self.fields))])
-        flat = torch.cat([parts[name].reshape(n, -1) for name in self.fields], 1)
+        like = dict(dtype=torch.float32, device=self.storage.device)
+        parts = [torch.as_tensor(rows[name], **like) for name in self.fields]
+        n = len(parts[0])
+        flat = torch.cat([part.reshape(n, -1) for part in parts], 1)
         first = self.added % self.capacity
         fitting = min(n, self.capacity - first)
         self.storage[first : first + fitting] = flat[:fitting]

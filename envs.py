@@ -78,7 +78,6 @@ class AntMaze(gymnasium.Env):
         self.renderer = None
         self.markers = []  # keyword arguments of visual-only geoms for the next rendered frame
         self.steps = 0
-        self.warnings = 0
         self.target = np.array(self.eval_target)
         bound = np.full(len(self.observation_scale), np.finfo(np.float32).max, np.float32)
         self.observation_space = gymnasium.spaces.Box(-bound, bound, dtype=np.float32)
@@ -124,6 +123,8 @@ class AntMaze(gymnasium.Env):
                 self._add_block(block, cell)
 
         self._add_scenery(spec)
+        # A simulation that blows up shall be seen, not put back to the start in mid-episode.
+        spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
         for geom in spec.geoms:
             # Since MuJoCo 3.5 the margins of two touching geoms add up: half of rllab's .01 each.
             geom.margin = 0.005
@@ -158,7 +159,6 @@ class AntMaze(gymnasium.Env):
         self.data.qvel[:m] = 0.1 * self.np_random.standard_normal(m)
         mujoco.mj_forward(self.model, self.data)
         self.steps = 0
-        self.warnings = 0
         self._reset_task()
         if self.render_mode == "human":
             self.render()
@@ -168,6 +168,7 @@ class AntMaze(gymnasium.Env):
         action = np.asarray(action, np.float64)
         if action.shape != self.action_space.shape:
             raise ValueError(f"action has shape {action.shape}, not {self.action_space.shape}")
+        self.data.warning.number[:] = 0
         self.data.ctrl[:] = self.action_unit * np.clip(action, -1, 1)
         mujoco.mj_step(self.model, self.data, nstep=self.frame_skip)
         self.steps += 1
@@ -186,10 +187,9 @@ class AntMaze(gymnasium.Env):
 
     def _info(self):
         distance = self._distance()
-        total = int(self.data.warning.number.sum())
-        new, self.warnings = total - self.warnings, total
         success = distance < self.success_distance
-        return {"is_success": success, "distance": distance, "simulator_warnings": new}
+        warnings = int(self.data.warning.number.sum())
+        return {"is_success": success, "distance": distance, "simulator_warnings": warnings}
 
     # ------------------------------------------------------------------ the task
 
@@ -235,9 +235,9 @@ class AntMaze(gymnasium.Env):
         self.steps = state["steps"]
         self.target = np.array(state["target"])
         self.np_random.bit_generator.state = state["random"]
-        self.warnings = int(self.data.warning.number.sum())
 
-    snapshot = property(get_state, set_state)  # for the get_attr and set_attr of vector copies
+    # for the get_attr and set_attr of vector copies; a subclass's own methods are called
+    snapshot = property(lambda self: self.get_state(), lambda self, state: self.set_state(state))
 
     def render(self):
         if self.render_mode is None:
@@ -336,7 +336,7 @@ class AntGather(AntMaze):
 
     def _distance(self):
         apples = self.objects[self.values > 0] - self.data.qpos[:2]
-        return float(np.linalg.norm(apples, axis=1).min(initial=np.inf)) if len(apples) else 0.0
+        return float(np.linalg.norm(apples, axis=1).min()) if len(apples) else 0.0
 
     def _info(self):
         return {**super()._info(), "is_success": not (self.values > 0).any()}
@@ -368,8 +368,6 @@ class AntGather(AntMaze):
         super().set_state(state)
         self.objects = np.array(state["objects"]).reshape(-1, 2)
         self.values = np.array(state["values"])
-
-    snapshot = property(get_state, set_state)
 
 
 class PointMaze(AntMaze):

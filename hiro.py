@@ -68,14 +68,14 @@ class HIROConfig:
     high_actor_lr: float = option(1e-3, "Adam step size (C.2)")
     high_critic_lr: float = option(3e-3, "Adam step size (C.2)")
     low_reward_scale: float = option(1.0, "factor on the intrinsic reward (C.2)")
-    # Differs 5: what one step did says something about every subgoal
-    low_relabel: float = option(0.5, "share of low-level samples with another one's subgoal (5.2)")
     # Differs 6: errors of Q within the quadratic part of the Huber loss
     high_reward_scale: float = option(0.01, "factor on the environment's reward (C.2: .1)")
+    # Differs 5: a future without the high level's surprises, and one step taught for two subgoals
     carry_subgoal: bool = option(
         True,
         "at a segment's end the low level's g_{t+1} is still h(s, g, s'), not the fresh subgoal",
     )
+    low_relabel: float = option(0.5, "share of low-level samples with another one's subgoal (5.2)")
     low_buffer_size: int = option(200_000, "low-level transitions kept (C.2)")
     high_buffer_size: int = option(200_000, "high-level transitions kept (C.2)")
     # Differs 3: a uniformly random start

@@ -86,8 +86,9 @@ def relabel(
 
     returns  subgoal [B, d], index [B] of the chosen candidate (0: the original was kept)
     """
-    args = states[:, 0], next_state, subgoal, scale, num_random, center, spread, generator
-    candidates = candidate_subgoals(*args)
+    candidates = candidate_subgoals(
+        states[:, 0], next_state, subgoal, scale, num_random, center, spread, generator
+    )
     sequences = subgoal_sequences(states, candidates)
     index = log_likelihood(policy, states, actions, sequences, mask).argmax(1)
     return candidates[torch.arange(len(index), device=index.device), index], index

@@ -297,6 +297,8 @@ class Training:
     def train(self):
         """The loop of the paper: act, step, store, learn; now and then evaluate and save."""
         run = self.run
+        if self.step == 0:
+            self.progress.start(",".join(self.columns) + "\n")
         self.progress.header()
         began, first = time.perf_counter(), self.step
         while self.step < run.total_steps and not self.stop:
@@ -639,8 +641,6 @@ def build(run, config, folder, state=None):
         raise UserError(f"cannot set the run up: {reason}") from None
     if state:
         training.restore(state)
-    else:
-        training.progress.start(",".join(training.columns) + "\n")
     return training
 
 
@@ -712,7 +712,8 @@ def profile(given):
         raise UserError(f"{flag(name)} does not go with --profile")
     with tempfile.TemporaryDirectory() as folder:
         run, config = configs({**given, "run_dir": folder})
-        config = dataclasses.replace(config, **speed.SHORT_START)
+        short = {name: n for name, n in speed.SHORT_START.items() if name not in given}
+        config = dataclasses.replace(config, **short)
         training = build(run, config, pathlib.Path(folder))
         speed.profile(training, tasks.TASKS[run.env](), seconds)
 

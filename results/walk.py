@@ -1,6 +1,6 @@
 """The low level alone on an open floor: how far does it walk where it is told?
 
-python results/walk.py POLICY ...   policy.pt files of the ant tasks
+python results/walk.py POLICY ...   policies of ants; not of AntFall, whose floor is higher
 
 Every c steps a fresh subgoal of `reach` metres in one of eight directions, nothing asked of the
 other dimensions, for 200 steps (20 s); printed is the progress in that direction, in metres, and
@@ -57,8 +57,8 @@ def main(paths):
         except UserError as error:
             sys.exit(f"walk: {error}")
         agent = HIRO(TASKS[policy["env"]], config)
-        if agent.state_dim != AntMaze.state_dim:
-            sys.exit(f"walk: {path} is a policy for {policy['env']}, which has no ant's state")
+        if policy["env"] not in ("AntMaze", "AntPush", "AntGather"):
+            sys.exit(f"walk: {path} is a policy for {policy['env']}, no ant on a floor at height 0")
         for which in ("latest", "best"):
             agent.load_policy_dict(policy[which])
             for reach in (10.0, 3.0):
