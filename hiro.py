@@ -49,7 +49,7 @@ class HIROConfig:
 
     units: str = option("range", "what networks see and noise is measured in: range or raw")
     subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)")
-    # Differs 5 and 6: a shorter horizon for the low level, faster targets for the high level
+    # Differs 5 and 8: a shorter horizon for the low level, faster targets for the high level
     low_discount: float = option(0.98, "gamma, per step (C.2: .99)")
     high_discount: float = option(0.99, "gamma, per c steps (C.2)")
     low_tau: float = option(0.005, "tau: how far targets move at a delayed update (C.2)")
@@ -62,15 +62,15 @@ class HIROConfig:
     policy_noise: float = option(0.2, "std of the target policy smoothing, both levels")
     noise_clip: float = option(0.5, "clip of the target policy smoothing, both levels")
     policy_delay: int = option(2, "critic updates per update of actor and targets")
-    # Differs 4 and 6: step sizes
+    # Differs 4 and 8: step sizes
     low_actor_lr: float = option(3e-4, "Adam step size (C.2)")
     low_critic_lr: float = option(3e-4, "Adam step size (C.2)")
     high_actor_lr: float = option(1e-3, "Adam step size (C.2)")
     high_critic_lr: float = option(3e-3, "Adam step size (C.2)")
-    low_reward_scale: float = option(1.0, "factor on the intrinsic reward (C.2)")
-    # Differs 6: errors of Q within the quadratic part of the Huber loss
+    # Differs 7: errors of Q within the quadratic part of the Huber loss
+    low_reward_scale: float = option(0.1, "factor on the intrinsic reward (C.2: 1)")
     high_reward_scale: float = option(0.01, "factor on the environment's reward (C.2: .1)")
-    # Differs 5: a future without the high level's surprises, and one step taught for two subgoals
+    # Differs 5 and 6: a future without surprises, and half of the past seen with other subgoals
     carry_subgoal: bool = option(
         True,
         "at a segment's end the low level's g_{t+1} is still h(s, g, s'), not the fresh subgoal",
@@ -99,6 +99,7 @@ PRESETS = {
     "paper": dict(
         carry_subgoal=False,
         low_relabel=0.0,
+        low_reward_scale=1.0,
         low_discount=0.99,
         high_tau=0.005,
         high_reward_scale=0.1,
@@ -128,7 +129,7 @@ class Hierarchy:
 
     def act(self, obs, explore):
         """Low-level actions [N, A]; at the start of an episode the high level acts first."""
-        if self.starting.any():  # Differs 7: no first step with subgoal 0
+        if self.starting.any():  # Differs 9: no first step with subgoal 0
             fresh = self.agent.high_action(obs, explore)
             self.subgoal = torch.where(self.starting[:, None], fresh, self.subgoal)
             self.starting = torch.zeros_like(self.starting)
@@ -366,7 +367,7 @@ class HIRO:
         return self.low.update(batch)
 
     def swap_subgoals(self, batch):
-        """Give the first low_relabel of a low-level batch the subgoals of their neighbours (5.2).
+        """Differs 6: give the first low_relabel of a batch the subgoals of their neighbours (5.2).
 
         What the step did holds for any subgoal; only reward and next subgoal must follow.
         """
@@ -391,7 +392,7 @@ class HIRO:
 
     def correct(self, batch):
         """The off-policy correction on a sampled high-level batch: subgoal [B, d], index [B]."""
-        # Differs 12: bfloat16 products; only the best of ten likelihoods is asked for
+        # Differs 14: bfloat16 products; only the best of ten likelihoods is asked for
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return relabel(
                 self.low_policy,
