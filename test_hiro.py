@@ -495,6 +495,7 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(
         start_steps=10**6,
         low_uniform_steps=70 * random,
         high_uniform_steps=70 * random,
+        low_reward_scale=0.5,
         high_reward_scale=0.1,
         carry_subgoal=carry,
     )
@@ -520,7 +521,7 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(
             np.testing.assert_array_equal(row["action"], action)
             assert row["terminated"] == terminated
             miss = obs[:2] + row["subgoal"].numpy() - next_obs[:2]
-            assert math.isclose(row["reward"], -np.linalg.norm(miss), rel_tol=1e-5)
+            assert math.isclose(row["reward"], -0.5 * np.linalg.norm(miss), rel_tol=1e-5)
             if time > 0 and not (carry and time % c == 0):  # the stored g_{t+1} is the one used
                 assert torch.equal(row["subgoal"], subgoals[i])
             else:
