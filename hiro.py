@@ -93,6 +93,12 @@ class HIROConfig:
     candidate_center: float = option(1.0, "random candidates' mean, in units of s_{t+c} - s_t")
     candidate_spread: float = option(0.5, "random candidates' std, in half-ranges (C.3)")
 
+    def for_task(self, task):
+        """This configuration with what it leaves to the task filled in."""
+        if self.high_uniform_steps is not None:
+            return self
+        return replace(self, high_uniform_steps=task.random_subgoals)
+
 
 PRESETS = {
     "td3": {},
@@ -172,10 +178,7 @@ class HIRO:
     """
 
     def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
-        config = config or HIROConfig()
-        if config.high_uniform_steps is None:
-            config = replace(config, high_uniform_steps=task.random_subgoals)
-        self.config = config
+        self.config = config = (config or HIROConfig()).for_task(task)
         self.device = torch.device(device)
         cpu = torch.cpu.get_capabilities()  # without instructions for it bfloat16 is very slow
         self.bfloat16 = self.device.type == "cuda" or cpu.get("avx512_bf16", False)
@@ -336,7 +339,7 @@ class HIRO:
             state=state,
             subgoal=subgoal,
             action=action,
-            reward=self.config.low_reward_scale * intrinsic_reward(state, subgoal, next_state),
+            reward=self.low_reward(state, subgoal, next_state),
             next_state=next_state,
             next_subgoal=next_subgoal,
             terminated=terminated,
@@ -355,6 +358,10 @@ class HIRO:
                 next_state=next_obs[ended],
                 terminated=terminated[ended],
             )
+
+    def low_reward(self, state, subgoal, next_state):
+        """What the low level learns from: the intrinsic reward (eq. 3), scaled (C.2)."""
+        return self.config.low_reward_scale * intrinsic_reward(state, subgoal, next_state)
 
     # ------------------------------------------------------------------ learning
 
@@ -375,8 +382,7 @@ class HIRO:
         state, next_state = batch["state"][:n], batch["next_state"][:n]
         subgoal = batch["subgoal"].roll(1, 0)[:n]  # rows are independent: any other will do
         batch["subgoal"][:n] = subgoal
-        reward = intrinsic_reward(state, subgoal, next_state)
-        batch["reward"][:n] = self.config.low_reward_scale * reward
+        batch["reward"][:n] = self.low_reward(state, subgoal, next_state)
         batch["next_subgoal"][:n] = goal_transition(state, subgoal, next_state)
 
     def update_high(self):

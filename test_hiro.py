@@ -575,7 +575,6 @@ def test_actions_follow_the_stored_subgoal_and_subgoals_the_state_they_are_set_i
     config.high_noise = 0.0
     run = train.RunConfig(env="Clock", total_steps=120, num_envs=2, eval_episodes=1)
     training = train.Training(run, config, tmp_path)
-    training.progress.start("")
     training.save = lambda: None
     with torch.no_grad():  # fresh actors answer about 0 to everything
         for level in (training.agent.low, training.agent.high):
@@ -1242,7 +1241,7 @@ def test_a_short_run_ends_cleanly_and_leaves_its_files(name, tmp_path, run_train
         assert row["step"] == "240" and 0 <= float(row["relabelled"]) <= 1
         shares = [float(row[f"chosen_{k}"]) for k in range(10)]
         assert math.isclose(sum(shares), 1, abs_tol=1e-4)
-        assert math.isclose(sum(shares[1:]), float(row["relabelled"]), abs_tol=1e-4)
+        assert math.isclose(sum(shares[1:]), float(row["relabelled"]), abs_tol=1e-5)
         policy = torch.load(folder / "policy.pt", weights_only=True)
         assert policy["env"] == name and {"latest", "best"} <= policy.keys()
     code, out, err = run_train("--eval-only", folder / "policy.pt", "--eval-episodes", 2)
@@ -1486,7 +1485,6 @@ def test_training_episodes_are_counted_at_their_last_step(tmp_path):
         return result
 
     training.envs.step = watched
-    training.progress.start(",".join(training.columns) + "\n")
     training.train()
     final = np.concatenate([distance[done] for done, distance in seen])
     (row,) = csv.DictReader((tmp_path / "progress.csv").read_text().splitlines())

@@ -331,8 +331,8 @@ class Training:
         agent.observe(self.obs, action, reward, next_obs, terminated, truncated)
         self.obs = reset_done(self.envs, next_obs, terminated | truncated)
         for i in np.flatnonzero(terminated | truncated):
-            final = float(info["is_success"][i]), float(info["distance"][i])
-            self.count("train", dict(zip(("success_rate", "distance"), final, strict=True)))
+            success, distance = float(info["is_success"][i]), float(info["distance"][i])
+            self.count("train", {"success_rate": success, "distance": distance})
         self.step += run.num_envs
         self.warnings += int(info["simulator_warnings"].sum())
 
@@ -556,9 +556,7 @@ def configs(given):
     task = tasks.TASKS[run.env]
     names = {field.name for field in dataclasses.fields(HIROConfig)}
     chosen = {name: value for name, value in given.items() if name in names}
-    config = HIROConfig(**{**PRESETS[given.get("preset", "td3")], **chosen})
-    if config.high_uniform_steps is None:
-        config.high_uniform_steps = task.random_subgoals
+    config = HIROConfig(**{**PRESETS[given.get("preset", "td3")], **chosen}).for_task(task)
     if run.total_steps is None:
         run.total_steps = task.total_steps
     validate(run, config)

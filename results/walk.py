@@ -56,9 +56,9 @@ def main(paths):
             _, config = configs({"env": policy["env"], **policy["config"]})
         except UserError as error:
             sys.exit(f"walk: {error}")
-        agent = HIRO(TASKS[policy["env"]], config)
         if policy["env"] not in ("AntMaze", "AntPush", "AntGather"):
             sys.exit(f"walk: {path} is a policy for {policy['env']}, no ant on a floor at height 0")
+        agent = HIRO(TASKS[policy["env"]], config)
         for which in ("latest", "best"):
             agent.load_policy_dict(policy[which])
             for reach in (10.0, 3.0):
