@@ -391,8 +391,8 @@ class HIRO:
         metrics = {}
         if self.config.correction:
             batch["subgoal"], index = self.correct(batch)
-            chosen = torch.bincount(index, minlength=self.config.num_candidates)
-            metrics["chosen"] = chosen / len(index)
+            numbers = torch.arange(self.config.num_candidates, device=self.device)
+            metrics["chosen"] = (index[:, None] == numbers).float().mean(0)
         batch["action"] = batch["subgoal"]
         return {**self.high.update(batch), **metrics}
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import buffers
 import envs as tasks
@@ -834,6 +835,36 @@ def test_correction_uses_the_current_low_level_and_keeps_the_rest__3_3():
     agent.update_high()
     row = (stored["state"][None] == seen[1]["state"][:, None]).all(-1).int().argmax(1)
     assert torch.equal(seen[1]["action"], stored["subgoal"][row])
+
+
+def test_updates_never_wait_for_the_device():
+    """No update reads a number back, or makes a tensor whose size depends on one."""
+    waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    ran, waited = set(), set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            ran.add(operator)
+            if operator is torch.ops.aten.index.Tensor:  # whole numbers give a known size
+                if any(i is not None and i.dtype == torch.bool for i in args[1]):
+                    waited.add(operator)
+            elif waits & set(operator.tags):
+                waited.add(operator)
+            return operator(*args, **(kwargs or {}))
+
+    agent = HIRO(tasks.PointMaze, small())
+    for buffer in (agent.low_buffer, agent.high_buffer):
+        buffer.add(**{name: randn(8, *shape) for name, shape in buffer.fields.items()})
+    with Watch():
+        for _ in range(agent.low.policy_delay):
+            agent.update_low()
+            agent.update_high()
+    assert torch.ops.aten._fused_adam_.default in ran and not waited
+    with Watch():  # what would be found
+        torch.ones(2).sum().item()
+        torch.bincount(torch.ones(2, dtype=torch.long))
+        torch.ones(2)[torch.ones(2) > 0]
+    assert len(waited) == 3
 
 
 def test_bfloat16_changes_almost_no_choice__3_3():
