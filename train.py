@@ -275,7 +275,6 @@ class Training:
         task = tasks.TASKS[run.env]
         self.agent = HIRO(task, config, run.num_envs, run.seed, run.device)
         self.obs, _ = self.envs.reset(seed=run.seed * run.num_envs)  # no copy shares a stream
-        self.step = 0
         self.seconds = 0.0  # of training, earlier sittings of the run included
         self.owed = 0  # environment steps that still call for a low-level update
         self.sums, self.counts = {}, {}  # of metrics, since the last evaluation
@@ -293,6 +292,11 @@ class Training:
             *("simulator_warnings", *chosen),
         ]
         self.progress = Progress(folder, self.columns)
+
+    @property
+    def step(self):
+        """Environment steps so far, of all copies together."""
+        return self.agent.steps
 
     def train(self):
         """The loop of the paper: act, step, store, learn; now and then evaluate and save."""
@@ -333,7 +337,6 @@ class Training:
         for i in np.flatnonzero(terminated | truncated):
             success, distance = float(info["is_success"][i]), float(info["distance"][i])
             self.count("train", {"success_rate": success, "distance": distance})
-        self.step += run.num_envs
         self.warnings += int(info["simulator_warnings"].sum())
 
         if self.step > self.config.start_steps and len(agent.high_buffer) > 0:
@@ -412,7 +415,7 @@ class Training:
 
     # ------------------------------------------------------------------ saving
 
-    PLAIN = ("step", "seconds", "owed", "sums", "counts", "warnings", "best", "evaluation")
+    PLAIN = ("seconds", "owed", "sums", "counts", "warnings", "best", "evaluation")
 
     def save(self):
         """Write a checkpoint beside the older ones, then remove all but two."""
