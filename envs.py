@@ -314,7 +314,7 @@ class AntGather(AntMaze):
     score = "return"
     maze = "\nR"
     num_each = 8
-    bins, reach = 10, 6.0  # Differs 13: the paper gives neither the readings nor the cost of dying
+    bins, reach = 10, 6.0  # Differs 14: the paper gives neither the readings nor the cost of dying
 
     def _add_scenery(self, spec):
         for x, y in ((-11, 0), (11, 0), (0, -11), (0, 11)):

@@ -4,6 +4,7 @@ The high level says every c steps by how much the state should change (the subgo
 is rewarded for getting there. Both learn with TD3, from replay buffers of their own.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -89,6 +90,8 @@ class HIROConfig:
         1, "environment steps per low-level update (C.2); high: c times that"
     )
     correction: bool = option(True, "relabel subgoals, the off-policy correction (3.3)")
+    # Differs 9: the critic goes on seeing the subgoals that its actor asks for
+    high_relabel: float = option(0.5, "share of high-level samples that the correction sees (3.3)")
     num_candidates: int = option(10, "candidates per relabelled subgoal, 2 fixed + random (C.3)")
     candidate_center: float = option(1.0, "random candidates' mean, in units of s_{t+c} - s_t")
     candidate_spread: float = option(0.5, "random candidates' std, in half-ranges (C.3)")
@@ -105,6 +108,7 @@ PRESETS = {
     "paper": dict(
         carry_subgoal=False,
         low_relabel=0.0,
+        high_relabel=1.0,
         low_reward_scale=1.0,
         low_discount=0.99,
         high_tau=0.005,
@@ -135,7 +139,7 @@ class Hierarchy:
 
     def act(self, obs, explore):
         """Low-level actions [N, A]; at the start of an episode the high level acts first."""
-        if self.starting.any():  # Differs 9: no first step with subgoal 0
+        if self.starting.any():  # Differs 10: no first step with subgoal 0
             fresh = self.agent.high_action(obs, explore)
             self.subgoal = torch.where(self.starting[:, None], fresh, self.subgoal)
             self.starting = torch.zeros_like(self.starting)
@@ -390,7 +394,8 @@ class HIRO:
         batch = self.high_buffer.sample(self.config.batch_size)
         metrics = {}
         if self.config.correction:
-            batch["subgoal"], index = self.correct(batch)
+            n = math.ceil(self.config.high_relabel * len(batch["subgoal"]))
+            batch["subgoal"][:n], index = self.correct({k: part[:n] for k, part in batch.items()})
             numbers = torch.arange(self.config.num_candidates, device=self.device)
             metrics["chosen"] = (index[:, None] == numbers).float().mean(0)
         batch["action"] = batch["subgoal"]
@@ -398,7 +403,7 @@ class HIRO:
 
     def correct(self, batch):
         """The off-policy correction on a sampled high-level batch: subgoal [B, d], index [B]."""
-        # Differs 14: bfloat16 products; only the best of ten likelihoods is asked for
+        # Differs 15: bfloat16 products; only the best of ten likelihoods is asked for
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return relabel(
                 self.low_policy,

@@ -71,7 +71,7 @@ class Critic(nn.Module):
         self.net2 = mlp(len(self.scale), 1, hidden)
 
     def forward(self, state, action):
-        x = torch.cat([state, action], -1) * self.scale  # Differs 12: the action enters here only
+        x = torch.cat([state, action], -1) * self.scale  # Differs 13: the action enters here only
         return self.net1(x).squeeze(-1), self.net2(x).squeeze(-1)
 
     def q1(self, state, action):
@@ -141,7 +141,7 @@ class TD3:
         action = self.actor_target(next_state)
         noise = torch.randn(action.shape, generator=self.generator, device=action.device)
         noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
-        # Differs 10: clipped to the range, as in TD3
+        # Differs 11: clipped to the range, as in TD3
         action = (action + noise).clamp(-self.max_action, self.max_action)
         q1, q2 = self.critic_target(next_state, action)
         return reward + self.discount * (1 - terminated) * torch.min(q1, q2)
@@ -161,7 +161,7 @@ class TD3:
         self.critic_optimizer.step()
         metrics = {"q": q1.detach().mean(), "critic_loss": critic_loss.detach()}
 
-        if self.updates % self.policy_delay == 0:  # Differs 11: Adam does not step in between
+        if self.updates % self.policy_delay == 0:  # Differs 12: Adam does not step in between
             self.critic.requires_grad_(False)  # the actor's gradient passes through, nothing stays
             action = self.actor(batch["state"])
             actor_loss = -self.critic.q1(batch["state"], action).mean()

@@ -40,7 +40,7 @@ def randn(*shape, seed=0):
 def small(**changes):
     """An agent's configuration that learns nothing useful, quickly."""
     few = dict(hidden=16, batch_size=8, start_steps=40)
-    few |= dict(low_uniform_steps=0, high_uniform_steps=0, high_random=0.0)
+    few |= dict(low_uniform_steps=0, high_uniform_steps=0, high_random=0.0, high_relabel=1.0)
     return HIROConfig(**{**few, **changes})
 
 
@@ -831,10 +831,22 @@ def test_correction_uses_the_current_low_level_and_keeps_the_rest__3_3():
                 p.copy_(randn(*p.shape, seed=11))
     assert not torch.equal(*chosen)
 
-    agent.config.correction = False
+    agent.config.high_relabel = 0.3
+    generator = agent.generator.clone_state()
     agent.update_high()
     row = (stored["state"][None] == seen[1]["state"][:, None]).all(-1).int().argmax(1)
-    assert torch.equal(seen[1]["action"], stored["subgoal"][row])
+    torch.randint(64, (8,), generator=generator)
+    args = [stored[name][row[:3]] for name in names]  # 3 of 8, rounded up
+    expected, index = relabel.relabel(
+        agent.low_policy, *args, agent.subgoal_scale, generator=generator
+    )
+    assert torch.equal(seen[1]["action"][:3], expected) and index.any()
+    assert torch.equal(seen[1]["action"][3:], stored["subgoal"][row[3:]])
+
+    agent.config.correction = False
+    agent.update_high()
+    row = (stored["state"][None] == seen[2]["state"][:, None]).all(-1).int().argmax(1)
+    assert torch.equal(seen[2]["action"], stored["subgoal"][row])
 
 
 def test_updates_never_wait_for_the_device():
@@ -1286,6 +1298,7 @@ def test_paper_preset_is_appendix_C_and_the_authors_code():
         "subgoal_steps": 10,
         "carry_subgoal": False,
         "low_relabel": 0.0,
+        "high_relabel": 1.0,
         "low_discount": 0.99,
         "high_discount": 0.99,
         "low_tau": 0.005,
@@ -1684,6 +1697,7 @@ BAD_INPUTS = {
     "--resume {run} --env AntMaze": "--env AntMaze differs",
     "--resume {run} --tau 0.1": "tau 0.1 differs",
     "--resume {run} --no-correction": "--correction False differs",
+    POINT + "--high-relabel 0": "above 0",
     "--resume {run} --seed 5": "--seed 5 differs",
     "--eval-only {bad}/nothing.pt": "no such policy",
     "--eval-only {bad}/text.pt": "not a readable policy",

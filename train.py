@@ -591,6 +591,7 @@ def validate(run, config):
         require(getattr(config, name) <= 1, name, "must be between 0 and 1")
     for name in ("low_actor_lr", "low_critic_lr", "high_actor_lr", "high_critic_lr"):
         require(getattr(config, name) > 0, name, "must be positive")
+    require(0 < config.high_relabel <= 1, "high_relabel", "must be above 0, at most 1")
     require(config.num_candidates >= 2, "num_candidates", "must be at least 2")
     require(config.units in ("range", "raw"), "units", "choose from range, raw")
     smaller = min(config.low_buffer_size, config.high_buffer_size)
