@@ -50,9 +50,9 @@ class HIROConfig:
 
     units: str = option("range", "what networks see and noise is measured in: range or raw")
     subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)")
-    # Differs 5 and 8: a shorter horizon for the low level, faster targets for the high level
+    # Differs 5 and 8: shorter horizons, faster targets for the high level
     low_discount: float = option(0.98, "gamma, per step (C.2: .99)")
-    high_discount: float = option(0.99, "gamma, per c steps (C.2)")
+    high_discount: float = option(0.98, "gamma, per c steps (C.2: .99)")
     low_tau: float = option(0.005, "tau: how far targets move at a delayed update (C.2)")
     high_tau: float = option(0.05, "tau: how far targets move at a delayed update (C.2: .005)")
     batch_size: int = option(100, "transitions per gradient step, both levels")
@@ -111,6 +111,7 @@ PRESETS = {
         high_relabel=1.0,
         low_reward_scale=1.0,
         low_discount=0.99,
+        high_discount=0.99,
         high_tau=0.005,
         high_reward_scale=0.1,
         units="raw",
