@@ -1368,6 +1368,8 @@ def test_profile_adds_up_and_counts_products_by_hand(run_train, monkeypatch, tmp
     for column in (0, 1):
         total = sum(float(table[part][column]) for part in parts)
         assert math.isclose(total, float(table["total"][column]), abs_tol=0.01)
+    assert all(float(table[part][1]) >= 0 for part in parts)
+    assert float(table["relabelling"][1]) > 0 and float(table["high update"][1]) > 0
     assert float(out.split()[-1]) > 1 and not list(tmp_path.iterdir())
 
     # one low update: S inputs to the actor, S + A to the critic, H hidden units; see TD3.update

@@ -6,6 +6,7 @@ of batch_size rows (relabelling: of all candidates and steps, in the precision t
 the simulator's bare mj_step, one copy after the other. On a GPU each part waits for the one before.
 """
 
+import math
 import time
 
 import mujoco
@@ -84,12 +85,15 @@ def profile(training, env, seconds):
     agent, config, run = training.agent, training.config, training.run
     while agent.low.updates < 2 * config.policy_delay * config.subgoal_steps:
         training.interact()
-    rows = config.batch_size, config.batch_size * config.num_candidates * config.subgoal_steps
+    corrected = math.ceil(config.high_relabel * config.batch_size)
+    rows = config.batch_size, corrected * config.num_candidates * config.subgoal_steps
     dtype = torch.bfloat16 if agent.bfloat16 else torch.float32
     small = flops_per_second(rows[0], config.hidden, agent.device)
     large = flops_per_second(rows[1], config.hidden, agent.device, dtype)
     batch, obs = agent.high_buffer.sample(config.batch_size), agent.tensor(training.obs)
-    relabelling = flops(lambda: agent.correct(batch)) if config.correction else 0
+    batch["action"] = batch["subgoal"]
+    updating = flops(lambda: agent.high.update(batch), config.policy_delay)
+    relabelling = flops(agent.update_high, config.policy_delay) - updating
     high = flops(lambda: agent.high_action(obs, False)) / config.subgoal_steps
     acting = high + flops(lambda: agent.low_action(obs, agent.hierarchy.subgoal, False))
     segment = config.update_every * config.subgoal_steps
@@ -99,9 +103,7 @@ def profile(training, env, seconds):
         "storing": 0.0,
         "low update": flops(agent.update_low, config.policy_delay) / config.update_every / small,
         "relabelling": relabelling / segment / large,
-        "high update": (flops(agent.update_high, config.policy_delay) - relabelling)
-        / segment
-        / small,
+        "high update": updating / segment / small,
     }
     watch = Stopwatch(agent.device)
     for owner, method, part in (
