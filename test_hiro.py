@@ -1770,7 +1770,7 @@ def test_curves_are_drawn_from_csv_files_even_torn_ones(whole_run, tmp_path):
         (folder / f"seed{seed}" / "progress.csv").write_text(text + seed * "900,0,0.")
         shutil.copy(whole_run / "config.json", folder / f"seed{seed}")
     groups = plot.find([folder])
-    assert [len(run["step"]) for run in groups["PointMaze"]] == [5, 5]
+    assert [len(run["step"]) for run in groups["PointMaze"]] == [3, 3]
     plot.main([str(folder)])
     assert (folder / "curves.png").exists() and (folder / "curves.svg").exists()
 
