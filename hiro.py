@@ -96,6 +96,11 @@ class HIROConfig:
     candidate_center: float = option(1.0, "random candidates' mean, in units of s_{t+c} - s_t")
     candidate_spread: float = option(0.5, "random candidates' std, in half-ranges (C.3)")
 
+    @property
+    def num_corrected(self):
+        """Samples of a high-level batch that the correction sees."""
+        return math.ceil(self.high_relabel * self.batch_size)
+
     def for_task(self, task):
         """This configuration with what it leaves to the task filled in."""
         if self.high_uniform_steps is not None:
@@ -391,11 +396,11 @@ class HIRO:
         batch["next_subgoal"][:n] = goal_transition(state, subgoal, next_state)
 
     def update_high(self):
-        """Relabel a batch with today's low level, then one TD3 step of the high level (3.3)."""
+        """Relabel with today's low level, then one TD3 step of the high level (3.3)."""
         batch = self.high_buffer.sample(self.config.batch_size)
         metrics = {}
         if self.config.correction:
-            n = math.ceil(self.config.high_relabel * len(batch["subgoal"]))
+            n = self.config.num_corrected
             batch["subgoal"][:n], index = self.correct({k: part[:n] for k, part in batch.items()})
             numbers = torch.arange(self.config.num_candidates, device=self.device)
             metrics["chosen"] = (index[:, None] == numbers).float().mean(0)

@@ -810,17 +810,25 @@ def test_correction_uses_the_current_low_level_and_keeps_the_rest__3_3():
     agent.update_high()
     stored = agent.high_buffer.rows()
     assert_same(stored, {name: rows[name] for name in stored})  # nothing is written back
+
+    def rows_of(batch):
+        return (stored["state"][None] == batch["state"][:, None]).all(-1).int().argmax(1)
+
+    def relabelled(rows):
+        """These rows' subgoals, corrected by relabel alone; was any replaced?"""
+        torch.randint(64, (8,), generator=generator)  # the rows of the batch were drawn first
+        names = ("states", "actions", "subgoal", "next_state")
+        args = [stored[name][rows] for name in names]
+        scale = agent.subgoal_scale
+        subgoal, index = relabel.relabel(agent.low_policy, *args, scale, generator=generator)
+        return subgoal, index.any()
+
     batch = seen[0]
-    row = (stored["state"][None] == batch["state"][:, None]).all(-1).int().argmax(1)
+    row = rows_of(batch)
     for name in ("reward", "next_state", "states", "actions", "terminated"):
         assert torch.equal(batch[name], stored[name][row])
-    torch.randint(64, (8,), generator=generator)  # the rows of the batch were drawn first
-    names = ("states", "actions", "subgoal", "next_state")
-    args = [stored[name][row] for name in names]
-    expected, index = relabel.relabel(
-        agent.low_policy, *args, agent.subgoal_scale, generator=generator
-    )
-    assert torch.equal(batch["action"], expected) and index.any()
+    expected, replaced = relabelled(row)
+    assert torch.equal(batch["action"], expected) and replaced
 
     chosen = []
     for _ in range(2):
@@ -834,19 +842,14 @@ def test_correction_uses_the_current_low_level_and_keeps_the_rest__3_3():
     agent.config.high_relabel = 0.3
     generator = agent.generator.clone_state()
     agent.update_high()
-    row = (stored["state"][None] == seen[1]["state"][:, None]).all(-1).int().argmax(1)
-    torch.randint(64, (8,), generator=generator)
-    args = [stored[name][row[:3]] for name in names]  # 3 of 8, rounded up
-    expected, index = relabel.relabel(
-        agent.low_policy, *args, agent.subgoal_scale, generator=generator
-    )
-    assert torch.equal(seen[1]["action"][:3], expected) and index.any()
+    row = rows_of(seen[1])
+    expected, replaced = relabelled(row[:3])  # 3 of 8, rounded up
+    assert torch.equal(seen[1]["action"][:3], expected) and replaced
     assert torch.equal(seen[1]["action"][3:], stored["subgoal"][row[3:]])
 
     agent.config.correction = False
     agent.update_high()
-    row = (stored["state"][None] == seen[2]["state"][:, None]).all(-1).int().argmax(1)
-    assert torch.equal(seen[2]["action"], stored["subgoal"][row])
+    assert torch.equal(seen[2]["action"], stored["subgoal"][rows_of(seen[2])])
 
 
 def test_updates_never_wait_for_the_device():

@@ -6,7 +6,6 @@ of batch_size rows (relabelling: of all candidates and steps, in the precision t
 the simulator's bare mj_step, one copy after the other. On a GPU each part waits for the one before.
 """
 
-import math
 import time
 
 import mujoco
@@ -85,8 +84,7 @@ def profile(training, env, seconds):
     agent, config, run = training.agent, training.config, training.run
     while agent.low.updates < 2 * config.policy_delay * config.subgoal_steps:
         training.interact()
-    corrected = math.ceil(config.high_relabel * config.batch_size)
-    rows = config.batch_size, corrected * config.num_candidates * config.subgoal_steps
+    rows = config.batch_size, config.num_corrected * config.num_candidates * config.subgoal_steps
     dtype = torch.bfloat16 if agent.bfloat16 else torch.float32
     small = flops_per_second(rows[0], config.hidden, agent.device)
     large = flops_per_second(rows[1], config.hidden, agent.device, dtype)
