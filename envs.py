@@ -375,7 +375,7 @@ class PointMaze(AntMaze):
 
     observation  [7]  x, y, dx, dy, 0.001 t, target x, y
     action       [2]  velocity command in [-1, 1]; 1.0 is 4 m/s
-    Episodes last 300 steps of 0.1 s; the shortest way to (0, 16) takes about 120.
+    Episodes last 300 steps of 0.1 s; the shortest way to (0, 16) takes about 85.
     """
 
     state_dim = 5

@@ -4,7 +4,6 @@ The high level says every c steps by how much the state should change (the subgo
 is rewarded for getting there. Both learn with TD3, from replay buffers of their own.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -99,7 +98,7 @@ class HIROConfig:
     @property
     def num_corrected(self):
         """Samples of a high-level batch that the correction sees."""
-        return math.ceil(self.high_relabel * self.batch_size)
+        return max(1, round(self.high_relabel * self.batch_size))
 
     def for_task(self, task):
         """This configuration with what it leaves to the task filled in."""
@@ -177,6 +176,13 @@ class Hierarchy:
             setattr(self, name, state[name].to(self.agent.device))
 
 
+def has_bfloat16(device):
+    """Whether the processor has instructions for bfloat16; without, it is very slow."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
 class HIRO:
     """The agent: two TD3 learners, their buffers, and the hierarchy that acts.
 
@@ -188,36 +194,39 @@ class HIRO:
     """
 
     def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
-        self.config = config = (config or HIROConfig()).for_task(task)
+        self.config = (config or HIROConfig()).for_task(task)
         self.device = torch.device(device)
-        cpu = torch.cpu.get_capabilities()  # without instructions for it bfloat16 is very slow
-        self.bfloat16 = self.device.type == "cuda" or cpu.get("avx512_bf16", False)
+        self.bfloat16 = has_bfloat16(self.device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.state_dim, self.low_blind = task.state_dim, task.low_blind
         self.subgoal_scale = torch.tensor(task.subgoal_scale, device=self.device)
-        obs_dim, action_dim = len(task.observation_scale), task.action_dim
-        d, c = len(task.subgoal_scale), config.subgoal_steps
+        with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
+            torch.manual_seed(seed)
+            self._make_learners(task)
+        self._make_buffers(task, num_envs)
+        self.steps = 0  # environment steps observed
+        self.hierarchy = Hierarchy(self, num_envs)
 
+    def _make_learners(self, task):
+        """Two TD3s, and how far each explores, in the units that its networks see."""
+        config = self.config
         observation_scale = torch.tensor(task.observation_scale)
         subgoal_scale = torch.tensor(task.subgoal_scale)
-        one = torch.ones(action_dim)
         low_scale = torch.cat(
             [observation_scale[self.low_blind : self.state_dim], 1 / subgoal_scale]
         )
+        one = torch.ones(task.action_dim)  # the half-range of actions
         if config.units == "range":  # Differs 1: networks see numbers of order one
-            low = dict(state_scale=low_scale, action_scale=one)
-            high = dict(state_scale=observation_scale, action_scale=1 / subgoal_scale)
-            low_unit, high_unit = one, subgoal_scale  # one unit of noise
+            low_scales = dict(state_scale=low_scale, action_scale=one)
+            high_scales = dict(state_scale=observation_scale, action_scale=1 / subgoal_scale)
+            low_unit, high_unit = one, subgoal_scale  # of noise
         else:
-            low = dict(state_scale=torch.ones(len(low_scale)), action_scale=task.action_unit * one)
-            high = dict(state_scale=torch.ones(obs_dim), action_scale=torch.ones(d))
-            low_unit, high_unit = one / task.action_unit, torch.ones(d)
+            torque, raw = task.action_unit * one, torch.ones_like
+            low_scales = dict(state_scale=raw(low_scale), action_scale=torque)
+            high_scales = dict(state_scale=raw(observation_scale), action_scale=raw(subgoal_scale))
+            low_unit, high_unit = 1 / torque, raw(subgoal_scale)
 
-        def learner(level, max_action, unit, scales):
-            own = {
-                name: getattr(config, f"{level}_{name}")
-                for name in ("discount", "tau", "actor_lr", "critic_lr")
-            }
+        def learner(max_action, unit, scales, **hyperparameters):
             return TD3(
                 max_action=max_action,
                 policy_noise=config.policy_noise * unit,
@@ -226,49 +235,58 @@ class HIRO:
                 hidden=config.hidden,
                 generator=self.generator,
                 device=self.device,
-                **own,
                 **scales,
+                **hyperparameters,
             )
 
-        with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
-            torch.manual_seed(seed)
-            self.low = learner("low", one, low_unit, low)
-            self.high = learner("high", subgoal_scale, high_unit, high)
+        self.low = learner(
+            one,
+            low_unit,
+            low_scales,
+            discount=config.low_discount,
+            tau=config.low_tau,
+            actor_lr=config.low_actor_lr,
+            critic_lr=config.low_critic_lr,
+        )
+        self.high = learner(
+            subgoal_scale,
+            high_unit,
+            high_scales,
+            discount=config.high_discount,
+            tau=config.high_tau,
+            actor_lr=config.high_actor_lr,
+            critic_lr=config.high_critic_lr,
+        )
         self.low_noise = (config.low_noise * low_unit).to(self.device)
         self.high_noise = (config.high_noise * high_unit).to(self.device)
 
-        buffer = dict(device=self.device, generator=self.generator)
-        self.low_buffer = ReplayBuffer(
-            config.low_buffer_size,
-            {
-                "state": (self.state_dim,),
-                "subgoal": (d,),
-                "action": (action_dim,),
-                "reward": (),
-                "next_state": (self.state_dim,),
-                "next_subgoal": (d,),
-                "terminated": (),
-            },
-            **buffer,
-        )
-        self.high_buffer = ReplayBuffer(
-            config.high_buffer_size,
-            {
-                "state": (obs_dim,),  # what the high level saw at t, target included
-                "subgoal": (d,),
-                "states": (c, self.state_dim),  # s_t ... s_{t+c-1}, for the relabelling
-                "actions": (c, action_dim),
-                "mask": (c,),  # 1 for steps that happened
-                "reward": (),
-                "next_state": (obs_dim,),  # at t + c
-                "terminated": (),
-            },
-            **buffer,
-        )
-        self.steps = 0  # environment steps observed
-        self.hierarchy = Hierarchy(self, num_envs)
-        self.segment = {  # the unfinished high-level transition of each environment
-            name: torch.zeros(num_envs, *self.high_buffer.fields[name], device=self.device)
+    def _make_buffers(self, task, num_envs):
+        """What each level remembers (3.1), and the high level's transitions under way."""
+        config, d, c = self.config, len(self.subgoal_scale), self.config.subgoal_steps
+        kwargs = dict(device=self.device, generator=self.generator)
+        low_fields = {
+            "state": (self.state_dim,),
+            "subgoal": (d,),
+            "action": (task.action_dim,),
+            "reward": (),
+            "next_state": (self.state_dim,),
+            "next_subgoal": (d,),
+            "terminated": (),
+        }
+        high_fields = {
+            "state": (len(task.observation_scale),),  # what the high level saw, target included
+            "subgoal": (d,),
+            "states": (c, self.state_dim),  # s_t ... s_{t+c-1}, for the relabelling
+            "actions": (c, task.action_dim),
+            "mask": (c,),  # 1 for steps that happened
+            "reward": (),
+            "next_state": (len(task.observation_scale),),  # at t + c
+            "terminated": (),
+        }
+        self.low_buffer = ReplayBuffer(config.low_buffer_size, low_fields, **kwargs)
+        self.high_buffer = ReplayBuffer(config.high_buffer_size, high_fields, **kwargs)
+        self.segment = {  # the unfinished high-level transition of each environment: [N, *shape]
+            name: torch.zeros(num_envs, *high_fields[name], device=self.device)
             for name in ("state", "subgoal", "states", "actions", "reward")
         }
 
@@ -443,7 +461,8 @@ class HIRO:
     def load_state_dict(self, state):
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        self.segment = {name: part.to(self.device) for name, part in state["segment"].items()}
+        segment = state["segment"].items()  # written to in place, so it must not be the caller's
+        self.segment = {name: part.to(self.device, copy=True) for name, part in segment}
         self.generator.set_state(state["generator"].cpu())
         self.steps = state["steps"]
 

@@ -4,6 +4,8 @@ HIRO trains both of its levels with this algorithm (section 2.1). Nothing here k
 states, actions and rewards are tensors with a leading batch dimension.
 """
 
+import copy
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -71,12 +73,16 @@ class Critic(nn.Module):
         self.net2 = mlp(len(self.scale), 1, hidden)
 
     def forward(self, state, action):
-        x = torch.cat([state, action], -1) * self.scale  # Differs 13: the action enters here only
+        x = self._input(state, action)
         return self.net1(x).squeeze(-1), self.net2(x).squeeze(-1)
 
     def q1(self, state, action):
         """The first value alone, which the actor climbs."""
-        return self.net1(torch.cat([state, action], -1) * self.scale).squeeze(-1)
+        return self.net1(self._input(state, action)).squeeze(-1)
+
+    def _input(self, state, action):
+        # Differs 13: the action enters at the first layer only
+        return torch.cat([state, action], -1) * self.scale
 
 
 class TD3:
@@ -191,11 +197,12 @@ class TD3:
     )
 
     def state_dict(self):
-        """Networks, targets, optimizers and the update counter."""
+        """Networks, targets, optimizers and the update counter: live views, as torch gives them."""
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         return {**parts, "updates": self.updates}
 
     def load_state_dict(self, state):
+        state = copy.deepcopy(state)  # Adam would keep the very tensors that it is given
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.updates = state["updates"]

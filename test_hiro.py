@@ -1,5 +1,6 @@
 """Tests in the paper's order; each oracle is a naive loop or a number worked out in the test."""
 
+import copy
 import csv
 import dataclasses
 import importlib.util
@@ -702,7 +703,7 @@ def test_evaluation_leaves_training_untouched__C_4(tmp_path, num_envs):
     training.train()
 
     def everything():
-        state = training.agent.state_dict()
+        state = copy.deepcopy(training.agent.state_dict())  # weights are live views
         return [state, training.envs.get_attr("snapshot"), training.obs.copy()]
 
     before = everything()
@@ -801,6 +802,7 @@ def test_the_high_level_learns_from_when_its_subgoals_are_its_own(tmp_path):
 
 def test_correction_uses_the_current_low_level_and_keeps_the_rest__3_3():
     agent = HIRO(tasks.PointMaze, small())
+    agent.bfloat16 = False
     rows = {name: randn(64, *shape) for name, shape in agent.high_buffer.fields.items()}
     rows["mask"], rows["terminated"] = torch.ones(64, 10), (rows["reward"] > 0).float()
     agent.high_buffer.add(**rows)
@@ -843,9 +845,9 @@ def test_correction_uses_the_current_low_level_and_keeps_the_rest__3_3():
     generator = agent.generator.clone_state()
     agent.update_high()
     row = rows_of(seen[1])
-    expected, replaced = relabelled(row[:3])  # 3 of 8, rounded up
-    assert torch.equal(seen[1]["action"][:3], expected) and replaced
-    assert torch.equal(seen[1]["action"][3:], stored["subgoal"][row[3:]])
+    expected, replaced = relabelled(row[:2])  # .3 of 8, rounded
+    assert torch.equal(seen[1]["action"][:2], expected) and replaced
+    assert torch.equal(seen[1]["action"][2:], stored["subgoal"][row[2:]])
 
     agent.config.correction = False
     agent.update_high()
@@ -855,12 +857,13 @@ def test_correction_uses_the_current_low_level_and_keeps_the_rest__3_3():
 def test_updates_never_wait_for_the_device():
     """No update reads a number back, or makes a tensor whose size depends on one."""
     waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    by_index = torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default
     ran, waited = set(), set()
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
             ran.add(operator)
-            if operator is torch.ops.aten.index.Tensor:  # whole numbers give a known size
+            if operator in by_index:  # whole numbers give a known size
                 if any(i is not None and i.dtype == torch.bool for i in args[1]):
                     waited.add(operator)
             elif waits & set(operator.tags):
@@ -879,7 +882,23 @@ def test_updates_never_wait_for_the_device():
         torch.ones(2).sum().item()
         torch.bincount(torch.ones(2, dtype=torch.long))
         torch.ones(2)[torch.ones(2) > 0]
-    assert len(waited) == 3
+        torch.ones(2)[torch.ones(2) > 0] = 0
+    assert len(waited) == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_updates_never_wait_for_a_real_device():
+    agent = HIRO(tasks.PointMaze, small(), device="cuda")
+    for buffer in (agent.low_buffer, agent.high_buffer):
+        buffer.add(**{name: randn(8, *shape) for name, shape in buffer.fields.items()})
+    for mode in ("default", "error"):  # the first updates set up what later ones use
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for _ in range(agent.low.policy_delay):
+                agent.update_low()
+                agent.update_high()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_bfloat16_changes_almost_no_choice__3_3():
@@ -1033,6 +1052,27 @@ def test_training_and_evaluation_targets__B():
             assert np.array_equal(make(name, evaluate=True).reset(seed=seed)[0][30:], target)
     for name, target in (("AntPush", (0, 19)), ("AntFall", (0, 27, 4.5))):
         assert np.array_equal(make(name).reset(seed=1)[0][30:], target)
+
+
+def test_the_state_is_positions_velocities_and_scaled_time__B():
+    for name in ("AntMaze", "AntPush", "AntFall", "AntGather"):
+        env = make(name)
+        env.reset(seed=0)
+        for _ in range(7):
+            obs, *_ = env.step(np.full(8, 0.5))
+        expected = [*env.data.qpos[:15], *env.data.qvel[:14], 0.001 * 7]
+        np.testing.assert_allclose(obs[:30], expected, rtol=1e-6)
+
+
+def test_a_reset_scatters_every_joint__B():
+    env = make("AntPush")
+    obs = np.array([env.reset(seed=seed)[0] for seed in range(500)])
+    position, velocity = obs[:, :15] - env.model.qpos0[:15], obs[:, 15:29]
+    assert np.abs(position).max() <= 0.1 + 1e-6  # uniform
+    np.testing.assert_allclose(position.std(0), 0.1 / 3**0.5, rtol=0.1)
+    np.testing.assert_allclose(velocity.std(0), 0.1, rtol=0.15)  # normal
+    assert np.abs(position.mean(0)).max() < 0.015 and np.abs(velocity.mean(0)).max() < 0.025
+    assert np.abs(velocity).max() > 0.25
 
 
 def test_the_ant_is_rllab_s__B():
@@ -1346,6 +1386,26 @@ def test_paper_preset_is_appendix_C_and_the_authors_code():
     torch.testing.assert_close(agent.low.noise_clip, torch.full((8,), 0.5 / 30))
 
 
+def test_the_default_shows_networks_numbers_of_order_one():
+    agent = HIRO(tasks.AntMaze, HIROConfig())
+    subgoal = [10, 10, 0.5, 1, 1, 1, 1] + 4 * [0.5, 0.3]
+    inverse = [1 / g for g in subgoal]
+    state = 13 * [1.0] + 14 * [0.2] + [1.0]  # without x and y
+    for scale, expected in (
+        (agent.low.actor.state_scale, state + inverse),
+        (agent.low.critic.scale, state + inverse + 8 * [1.0]),
+        (agent.high.actor.state_scale, [0.1, 0.1, *state, 0.1, 0.1]),
+        (agent.high.critic.scale, [0.1, 0.1, *state, 0.1, 0.1, *inverse]),
+        (agent.low.max_action, 8 * [1.0]),
+        (agent.high.max_action, subgoal),
+        (agent.low.policy_noise, 8 * [0.2]),
+        (agent.high.policy_noise, [0.2 * g for g in subgoal]),
+        (agent.low.noise_clip, 8 * [0.5]),
+        (agent.high.noise_clip, [0.5 * g for g in subgoal]),
+    ):
+        torch.testing.assert_close(scale, torch.tensor(expected))
+
+
 def test_flags_come_from_the_dataclasses_and_are_forgiving(run_train):
     given = train.parse(
         ["--total_steps", "1e6", "--no-correction", "--low-noise=0.5", "--env=AntFall"]
@@ -1483,14 +1543,67 @@ def test_killed_between_evaluation_and_checkpoint__no_row_twice(
     assert_same_run(tmp_path / "run", whole_runs[name])
 
 
-def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path, run_train, whole_run):
-    folder = tmp_path / "run"
+def without_checkpoints(whole_run, folder):
     shutil.copytree(whole_run, folder)
     for path in train.checkpoints(folder):
         path.unlink()
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path, run_train, whole_run):
+    folder = tmp_path / "run"
+    without_checkpoints(whole_run, folder)
+    header = (folder / "progress.csv").read_text().split("\n")[0]
+    (folder / "progress.csv").write_text(header + "\n")
     code, out, err = run_train("--resume", folder)
     assert (code, err) == (0, "") and "resumed at step 0" in out
     assert_same_run(folder, whole_run)
+
+
+def test_a_run_whose_checkpoints_were_deleted_is_not_overwritten(tmp_path, run_train, whole_run):
+    folder = tmp_path / "run"
+    without_checkpoints(whole_run, folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    code, _, err = run_train("--resume", folder, "--total-steps", 10_000)
+    assert code == 2 and "checkpoints are gone" in err
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_unfinished_checkpoint_is_removed_by_the_next(tmp_path, run_train, whole_run):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    (folder / "checkpoint_000000000123.pt.tmp").write_bytes(b"killed here")
+    assert run_train("--resume", folder, "--total-steps", 650)[0] == 0
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_a_run_is_never_made_shorter_than_it_is(tmp_path, run_train, whole_run):
+    before = (whole_run / "config.json").read_bytes()
+    code, _, err = run_train("--resume", whole_run, "--total-steps", 100)
+    assert code == 2 and "at 600 already" in err
+    assert (whole_run / "config.json").read_bytes() == before
+
+
+def test_resume_says_what_is_not_as_it_was(tmp_path, run_train, whole_run):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["versions"]["cpu"] = "abacus"
+    (folder / "config.json").write_text(json.dumps(config))
+    _, out, _ = run_train("--resume", folder)
+    assert "started with cpu abacus, now" in out
+
+
+def test_a_dead_environment_process_ends_the_run_in_one_line(tmp_path):
+    run = train.RunConfig(env="PointMaze", total_steps=500, num_envs=2, async_envs=True)
+    training = train.Training(run, small(), tmp_path)
+    training.interact()
+    worker = training.envs.processes[0]
+    worker.kill()
+    worker.join()
+    with pytest.raises(train.UserError, match="step 2: an environment process died"):
+        training.interact()
+    for process in training.envs.processes:
+        process.kill()
 
 
 def test_config_json_remembers_resumes(tmp_path, run_train, whole_run):
@@ -1665,7 +1778,7 @@ BAD_INPUTS = {
     "--env AntMoze": "AntMaze, AntPush, AntFall, AntGather, PointMaze",
     "--env": "expected one argument",
     POINT + "--total-steps 0": "must be at least 1",
-    POINT + "--total-steps -5": "must not be negative",
+    POINT + "--total-steps -5": "not negative",
     POINT + "--total-steps 1.5": "not a whole number",
     POINT + "--total-steps many": "invalid whole number",
     POINT + "--total-steps inf": "whole number",
@@ -1673,13 +1786,14 @@ BAD_INPUTS = {
     POINT + "--profile 0": "must be positive",
     POINT + "--profile --run-dir x": "--run-dir does not go with --profile",
     POINT + "--profile --plot x.png": "--plot goes with --eval-only POLICY",
-    POINT + "--seed -1": "must not be negative",
+    POINT + "--seed -1": "not negative",
     POINT + "--seed 0.5": "not a whole number",
     POINT + "--eval-every 0": "must be at least 1",
     POINT + "--eval-episodes 0": "must be at least 1",
     POINT + "--checkpoint-every 0": "must be at least 1",
     POINT + "--num-envs 0": "must be at least 1",
-    POINT + "--threads 0": "must be at least 1",
+    POINT + "--threads 0": "between 1 and 1024",
+    POINT + "--threads 1e10": "between 1 and 1024",
     POINT + "--batch-size 0": "must be at least 1",
     POINT + "--batch-size 300000": "200000",
     POINT + "--subgoal-steps 0": "must be at least 1",
@@ -1687,8 +1801,9 @@ BAD_INPUTS = {
     POINT + "--update-every 0": "must be at least 1",
     POINT + "--hidden 2.5": "not a whole number",
     POINT + "--discount 1.5": "between 0 and 1",
-    POINT + "--tau nan": "must",
-    POINT + "--low-noise -0.1": "must not be negative",
+    POINT + "--tau nan": "must be a finite number",
+    POINT + "--low-noise inf": "must be a finite number",
+    POINT + "--low-noise -0.1": "not negative",
     POINT + "--low-actor-lr 0": "must be positive",
     POINT + "--units metres": "range, raw",
     POINT + "--preset td4": "paper",
@@ -1712,6 +1827,7 @@ BAD_INPUTS = {
     "--eval-only {run}/policy.pt --which worst": "best",
     "--eval-only {run}/policy.pt --plot {bad}/nowhere/a.png": "no such folder",
     "--eval-only {run}/policy.pt --plot {bad}/a.foo": ".png" if has_matplotlib else "matplotlib",
+    "--eval-only {run}/policy.pt --video {bad}/a.foo": ".gif",
     "--eval-only {run}/policy.pt --subgoal-steps 3": "does not go with --eval-only",
     "--eval-only {run}/policy.pt --resume {run}": "does not go with --eval-only",
     POINT + "--seed 1e20": "below 2^63",
@@ -1770,7 +1886,7 @@ def test_curves_are_drawn_from_csv_files_even_torn_ones(whole_run, tmp_path):
     for seed in range(2):
         (folder / f"seed{seed}").mkdir(parents=True)
         text = (whole_run / "progress.csv").read_text()
-        (folder / f"seed{seed}" / "progress.csv").write_text(text + seed * "900,0,0.")
+        (folder / f"seed{seed}" / "progress.csv").write_text(text + seed * "900,0,")
         shutil.copy(whole_run / "config.json", folder / f"seed{seed}")
     groups = plot.find([folder])
     assert [len(run["step"]) for run in groups["PointMaze"]] == [3, 3]

@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import importlib.util
 import io
 import json
 import math
@@ -228,6 +229,8 @@ class Progress:
     def start(self, text):
         """Make the file hold `text` and nothing else: rows behind a checkpoint are lived again."""
         write_atomically(self.path, lambda file: file.write(text.encode()))
+        for row in csv.DictReader(io.StringIO(text)):
+            self.success_rate = float(row["success_rate"])
 
     def header(self):
         print("  ".join(f"{name:>16}" for name in (*self.TABLE, "steps_per_second")), flush=True)
@@ -280,7 +283,6 @@ class Training:
         self.sums, self.counts = {}, {}  # of metrics, since the last evaluation
         self.warnings = 0
         self.best = None  # the policy with the best evaluation so far
-        self.evaluation = {}
         self.stop = False
         self.clock = time.perf_counter()
         chosen = [f"chosen_{k}" for k in range(config.num_candidates)]
@@ -330,7 +332,11 @@ class Training:
         run, agent = self.run, self.agent
         action = agent.act(self.obs)
         self.check_finite("action", action)
-        next_obs, reward, terminated, truncated, info = self.envs.step(action)
+        try:
+            next_obs, reward, terminated, truncated, info = self.envs.step(action)
+        except (EOFError, ConnectionError):  # its end of the pipe is closed
+            self.envs.closed = True  # or gymnasium would ask it for an answer before it goes
+            raise self.broken("an environment process died") from None
         self.check_finite("state", next_obs)
         agent.observe(self.obs, action, reward, next_obs, terminated, truncated)
         self.obs = reset_done(self.envs, next_obs, terminated | truncated)
@@ -367,11 +373,11 @@ class Training:
         self.tick()
         run = self.run
         seed = (run.seed + 1) * 10**8 + self.step  # other episodes every time, the same in a rerun
-        self.evaluation = evaluate(self.agent, self.eval_envs, run.eval_episodes, seed)
+        evaluation = evaluate(self.agent, self.eval_envs, run.eval_episodes, seed)
         means = {key: value / self.counts[key] for key, value in self.sums.items()}
         chosen = means.pop("high_chosen", torch.full([self.config.num_candidates], math.nan))
         row = dict.fromkeys(self.columns, math.nan)
-        row.update(self.evaluation)
+        row.update(evaluation)
         row.update({key: float(value) for key, value in means.items() if key in row})
         row.update({f"chosen_{k}": float(share) for k, share in enumerate(chosen)})
         row["relabelled"] = 1 - row["chosen_0"]
@@ -380,7 +386,7 @@ class Training:
         row["seconds"] = round(self.seconds)
         self.sums, self.counts = {}, {}
 
-        latest = {"step": self.step, **self.evaluation, **self.agent.policy_dict()}
+        latest = {"step": self.step, **evaluation, **self.agent.policy_dict()}
         score = tasks.TASKS[run.env].score, "return"
         if self.best is None or [latest[k] for k in score] >= [self.best[k] for k in score]:
             self.best = latest
@@ -401,24 +407,26 @@ class Training:
 
     def check_finite(self, quantity, array):
         if not np.isfinite(array).all():
-            raise self.diverged(quantity)
+            raise self.broken(f"{quantity} is not finite")
 
     def check_losses(self):
         for name, value in self.sums.items():
             if not torch.isfinite(torch.as_tensor(value)).all():
-                raise self.diverged(name)
+                raise self.broken(f"{name} is not finite")
 
-    def diverged(self, quantity):
+    def broken(self, what):
         saved = checkpoints(self.folder)
         where = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint was saved"
-        return UserError(f"step {self.step}: {quantity} is not finite; {where}")
+        return UserError(f"step {self.step}: {what}; {where}")
 
     # ------------------------------------------------------------------ saving
 
-    PLAIN = ("seconds", "owed", "sums", "counts", "warnings", "best", "evaluation")
+    PLAIN = ("seconds", "owed", "sums", "counts", "warnings", "best")
 
     def save(self):
         """Write a checkpoint beside the older ones, then remove all but two."""
+        for unfinished in self.folder.glob("checkpoint_*.pt.tmp"):  # killed in the middle of this
+            unfinished.unlink()
         self.check_losses()
         self.tick()
         state = {
@@ -449,7 +457,6 @@ class Training:
             for name, value in self.sums.items()
         }
         self.progress.start(state["progress"])
-        self.progress.success_rate = self.evaluation.get("success_rate", math.nan)
         self.clock = time.perf_counter()
 
 
@@ -578,12 +585,13 @@ def validate(run, config):
         for field in dataclasses.fields(source):
             value = getattr(source, field.name)
             if field.type in (int, float):
-                require(math.isfinite(value) and value >= 0, field.name, "must not be negative")
+                rule = "must be a finite number, not negative"
+                require(math.isfinite(value) and value >= 0, field.name, rule)
     require(run.seed < 2**63, "seed", "must be below 2^63")
     positive = "must be at least 1"
     for name in ("total_steps", "eval_every", "eval_episodes", "checkpoint_every", "num_envs"):
         require(getattr(run, name) >= 1, name, positive)
-    require(run.threads >= 1, "threads", positive)
+    require(1 <= run.threads <= 1024, "threads", "must be between 1 and 1024")
     for name in ("subgoal_steps", "batch_size", "hidden", "policy_delay", "update_every"):
         require(getattr(config, name) >= 1, name, positive)
     fractions = "low_discount", "high_discount", "low_tau", "high_tau", "low_relabel", "high_random"
@@ -673,11 +681,17 @@ def resume(given):
                 f"{flag(name)} {value} differs from the run's {before[name]}; "
                 f"only {', '.join(map(flag, MAY_CHANGE))} may change"
             )
+    state = newest(folder)
+    if state is None and reached(folder) >= before["checkpoint_every"] + before["num_envs"]:
+        raise UserError(f"--resume {folder}: its checkpoints are gone; start a new run elsewhere")
     run, config = configs({**before, **given, "run_dir": str(folder)})
-    training = build(run, config, folder, newest(folder))
+    training = build(run, config, folder, state)
+    if given.get("total_steps", training.step) < training.step:
+        raise UserError(f"--total-steps {run.total_steps}: the run is at {training.step} already")
     now = versions()
-    if now["commit"] != started:
-        print(f"note: started at commit {started}, now {now['commit']}")
+    for name, version in now.items():
+        if version != (then := saved["versions"].get(name)):
+            print(f"note: started with {name} {then}, now {version}")
     saved["run"] = dataclasses.asdict(run)
     saved.setdefault("resumed", []).append({"step": training.step, **now})
     save_config(folder, saved)
@@ -685,6 +699,14 @@ def resume(given):
     if training.step >= run.total_steps:
         print("the run is complete; --total-steps makes it longer")
     return training
+
+
+def reached(folder):
+    """The step of the last evaluation in progress.csv; 0 if there is none."""
+    try:
+        return int((folder / "progress.csv").read_text().split()[-1].split(",")[0])
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 def newest(folder):
@@ -732,6 +754,8 @@ def eval_only(given):
     for name, file in (("plot", figure), ("video", film)):
         if file and not pathlib.Path(file).absolute().parent.is_dir():
             raise UserError(f"{flag(name)} {file}: there is no such folder")
+    if film:
+        check_video(film)
     if figure and show:
         raise UserError("--plot and --render do not go together")
     if show and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
@@ -784,7 +808,8 @@ def mark_subgoal(envs, after=lambda env: None):
     env = envs.envs[0].unwrapped
 
     def watch(t, obs, subgoal):
-        place = np.append(obs[0, :2] + subgoal[0, :2], 0.5)
+        height = env.data.body("torso").xpos[2]
+        place = np.append(obs[0, :2] + subgoal[0, :2], height)
         env.markers = [tasks.sphere(place, 0.4, (0.2, 0.4, 0.9, 0.8))]
         after(env)
 
@@ -803,12 +828,16 @@ def make_video(agent, run, path):
         envs.close()
     fps = 2 * tasks.AntMaze.metadata["render_fps"]  # twice as fast as life
     speed = {"duration": 1000 / fps, "loop": 0} if path.endswith(".gif") else {"fps": fps}
-    try:
-        imageio.mimwrite(path, frames, **speed)
-    except (ImportError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        hint = "for .mp4: pip install imageio[ffmpeg]; .gif needs nothing more"
-        raise UserError(f"--video {path}: {reason} ({hint})") from None
+    imageio.mimwrite(path, frames, **speed)
+
+
+def check_video(path):
+    """Raise UserError for a film that could not be written, before an episode is played for it."""
+    suffix = pathlib.Path(path).suffix
+    if suffix not in (".gif", ".mp4"):
+        raise UserError(f"--video {path}: write a .gif or an .mp4")
+    if suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise UserError(f"--video {path}: for .mp4, pip install imageio[ffmpeg]; .gif works as is")
 
 
 @contextlib.contextmanager

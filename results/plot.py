@@ -31,8 +31,8 @@ def pyplot():
 
 def read(path):
     """progress.csv -> dict of arrays; the last line of a run still going may be incomplete."""
-    with open(path) as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
+    lines = pathlib.Path(path).read_text().splitlines(keepends=True)
+    rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
     return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]} if rows else {}
 
 
@@ -40,6 +40,7 @@ def find(folders, without=None):
     """Every CSV below the folders that has its run's JSON beside it: {"AntMaze": [curve, ...]}.
 
     without  the name of a folder to leave out
+    returns  curves as read() gives them, with the run's "commit"
     """
     groups = {}
     for folder in folders:
@@ -49,8 +50,9 @@ def find(folders, without=None):
             config = next((file for file in beside if file.exists()), None)
             curve = read(path) if config else {}
             if curve and path.parent.name != without:
-                task = json.loads(config.read_text())["run"]["env"]
-                groups.setdefault(task, []).append(curve)
+                saved = json.loads(config.read_text())
+                curve["commit"] = saved["versions"]["commit"][:7]
+                groups.setdefault(saved["run"]["env"], []).append(curve)
     return groups
 
 
@@ -83,6 +85,9 @@ def curves(groups, stem):
             axis.set_ylim(-0.03, 1.03)
         else:
             note = f"{len(runs)} seeds"
+        commits = ", ".join(sorted({run["commit"] for run in runs}))
+        place = dict(transform=axis.transAxes, ha="right", fontsize=7, color=GREY)
+        axis.text(0.99, 0.02, f"commit {commits}", **place)
         axis.set_title(f"{task}\n", loc="left", fontsize=11, fontweight="bold")
         axis.text(0, 1.03, note, transform=axis.transAxes, fontsize=9, color="#444444")
         axis.set_xlabel("million environment steps")
