@@ -87,7 +87,7 @@ def curves(groups, stem):
             note = f"{len(runs)} seeds"
         commits = ", ".join(sorted({run["commit"] for run in runs}))
         place = dict(transform=axis.transAxes, ha="right", fontsize=7, color=GREY)
-        axis.text(0.99, 0.02, f"commit {commits}", **place)
+        axis.text(1, 1.03, f"commit {commits}", **place)
         axis.set_title(f"{task}\n", loc="left", fontsize=11, fontweight="bold")
         axis.text(0, 1.03, note, transform=axis.transAxes, fontsize=9, color="#444444")
         axis.set_xlabel("million environment steps")
