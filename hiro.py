@@ -226,7 +226,9 @@ class HIRO:
             high_scales = dict(state_scale=raw(observation_scale), action_scale=raw(subgoal_scale))
             low_unit, high_unit = 1 / torque, raw(subgoal_scale)
 
-        def learner(max_action, unit, scales, **hyperparameters):
+        def learner(level, max_action, unit, scales):
+            names = "discount", "tau", "actor_lr", "critic_lr"
+            own = {name: getattr(config, f"{level}_{name}") for name in names}
             return TD3(
                 max_action=max_action,
                 policy_noise=config.policy_noise * unit,
@@ -235,28 +237,12 @@ class HIRO:
                 hidden=config.hidden,
                 generator=self.generator,
                 device=self.device,
+                **own,
                 **scales,
-                **hyperparameters,
             )
 
-        self.low = learner(
-            one,
-            low_unit,
-            low_scales,
-            discount=config.low_discount,
-            tau=config.low_tau,
-            actor_lr=config.low_actor_lr,
-            critic_lr=config.low_critic_lr,
-        )
-        self.high = learner(
-            subgoal_scale,
-            high_unit,
-            high_scales,
-            discount=config.high_discount,
-            tau=config.high_tau,
-            actor_lr=config.high_actor_lr,
-            critic_lr=config.high_critic_lr,
-        )
+        self.low = learner("low", one, low_unit, low_scales)
+        self.high = learner("high", subgoal_scale, high_unit, high_scales)
         self.low_noise = (config.low_noise * low_unit).to(self.device)
         self.high_noise = (config.high_noise * high_unit).to(self.device)
 

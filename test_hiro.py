@@ -696,6 +696,25 @@ def test_loading_a_policy_leaves_the_task_s_ranges_alone():
     assert np.array_equal(tasks.PointMaze.subgoal_scale, before)
 
 
+def test_a_loaded_state_stays_the_caller_s():
+    agent, other = (HIRO(tasks.PointMaze, small(), seed=k) for k in range(2))
+
+    def train_a_little(agent):
+        rows = {name: randn(8, *s) for name, s in agent.low_buffer.fields.items()}
+        agent.low_buffer.add(**rows)
+        obs = randn(1, len(tasks.PointMaze.observation_scale))
+        zero = np.zeros(1)
+        agent.observe(obs, agent.act(obs), zero, obs, zero, zero)
+        agent.update_low()
+
+    train_a_little(agent)
+    state = agent.state_dict()
+    before = copy.deepcopy(state)
+    other.load_state_dict(state)
+    train_a_little(other)
+    assert_same(before, state)
+
+
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_evaluation_leaves_training_untouched__C_4(tmp_path, num_envs):
     run = train.RunConfig(env="PointMaze", total_steps=90, num_envs=num_envs, eval_episodes=2)
@@ -1778,7 +1797,7 @@ BAD_INPUTS = {
     "--env AntMoze": "AntMaze, AntPush, AntFall, AntGather, PointMaze",
     "--env": "expected one argument",
     POINT + "--total-steps 0": "must be at least 1",
-    POINT + "--total-steps -5": "not negative",
+    POINT + "--total-steps -5": "must be a finite number, not negative",
     POINT + "--total-steps 1.5": "not a whole number",
     POINT + "--total-steps many": "invalid whole number",
     POINT + "--total-steps inf": "whole number",
@@ -1786,7 +1805,7 @@ BAD_INPUTS = {
     POINT + "--profile 0": "must be positive",
     POINT + "--profile --run-dir x": "--run-dir does not go with --profile",
     POINT + "--profile --plot x.png": "--plot goes with --eval-only POLICY",
-    POINT + "--seed -1": "not negative",
+    POINT + "--seed -1": "must be a finite number, not negative",
     POINT + "--seed 0.5": "not a whole number",
     POINT + "--eval-every 0": "must be at least 1",
     POINT + "--eval-episodes 0": "must be at least 1",
@@ -1801,9 +1820,9 @@ BAD_INPUTS = {
     POINT + "--update-every 0": "must be at least 1",
     POINT + "--hidden 2.5": "not a whole number",
     POINT + "--discount 1.5": "between 0 and 1",
-    POINT + "--tau nan": "must be a finite number",
-    POINT + "--low-noise inf": "must be a finite number",
-    POINT + "--low-noise -0.1": "not negative",
+    POINT + "--tau nan": "must be a finite number, not negative",
+    POINT + "--low-noise inf": "must be a finite number, not negative",
+    POINT + "--low-noise -0.1": "must be a finite number, not negative",
     POINT + "--low-actor-lr 0": "must be positive",
     POINT + "--units metres": "range, raw",
     POINT + "--preset td4": "paper",

@@ -684,10 +684,10 @@ def resume(given):
     state = newest(folder)
     if state is None and reached(folder) >= before["checkpoint_every"] + before["num_envs"]:
         raise UserError(f"--resume {folder}: its checkpoints are gone; start a new run elsewhere")
+    if state and given.get("total_steps", math.inf) < (step := state["agent"]["steps"]):
+        raise UserError(f"--total-steps {given['total_steps']}: the run is at {step} already")
     run, config = configs({**before, **given, "run_dir": str(folder)})
     training = build(run, config, folder, state)
-    if given.get("total_steps", training.step) < training.step:
-        raise UserError(f"--total-steps {run.total_steps}: the run is at {training.step} already")
     now = versions()
     for name, version in now.items():
         if version != (then := saved["versions"].get(name)):
