@@ -45,8 +45,7 @@ class AntMaze(gymnasium.Env):
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": 10}
 
     state_dim = 30
-    # Differs 10: C.1 has 10, 10 and the same
-    subgoal_scale = np.array([4, 4, 0.5, 1, 1, 1, 1] + [0.5, 0.3] * 4, np.float32)
+    subgoal_scale = np.array([10, 10, 0.5, 1, 1, 1, 1] + [0.5, 0.3] * 4, np.float32)  # C.1
     action_dim = 8
     low_blind = 2
     state_scale = np.array([0.1, 0.1] + [1.0] * 13 + [0.2] * 14 + [1.0], np.float32)
@@ -315,7 +314,7 @@ class AntGather(AntMaze):
     score = "return"
     maze = "\nR"
     num_each = 8
-    bins, reach = 10, 6.0  # Differs 15: the paper gives neither the readings nor the cost of dying
+    bins, reach = 10, 6.0  # Differs 14: the paper gives neither the readings nor the cost of dying
 
     def _add_scenery(self, spec):
         for x, y in ((-11, 0), (11, 0), (0, -11), (0, 11)):

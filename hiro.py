@@ -49,10 +49,6 @@ class HIROConfig:
 
     units: str = option("range", "what networks see and noise is measured in: range or raw")
     subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)")
-    # Differs 10: nothing further away than the next few seconds
-    subgoal_reach: float = option(
-        None, "half-range of subgoals along x and y, m (default: the task's; C.1: 10)"
-    )
     # Differs 5 and 8: shorter horizons, faster targets for the high level
     low_discount: float = option(0.98, "gamma, per step (C.2: .99)")
     high_discount: float = option(0.98, "gamma, per c steps (C.2: .99)")
@@ -106,16 +102,14 @@ class HIROConfig:
 
     def for_task(self, task):
         """This configuration with what it leaves to the task filled in."""
-        own = dict(
-            subgoal_reach=float(task.subgoal_scale[0]), high_uniform_steps=task.random_subgoals
-        )
-        return replace(self, **{k: v for k, v in own.items() if getattr(self, k) is None})
+        if self.high_uniform_steps is not None:
+            return self
+        return replace(self, high_uniform_steps=task.random_subgoals)
 
 
 PRESETS = {
     "td3": {},
     "paper": dict(
-        subgoal_reach=10.0,
         carry_subgoal=False,
         low_relabel=0.0,
         high_relabel=1.0,
@@ -150,7 +144,7 @@ class Hierarchy:
 
     def act(self, obs, explore):
         """Low-level actions [N, A]; at the start of an episode the high level acts first."""
-        if self.starting.any():  # Differs 11: no first step with subgoal 0
+        if self.starting.any():  # Differs 10: no first step with subgoal 0
             fresh = self.agent.high_action(obs, explore)
             self.subgoal = torch.where(self.starting[:, None], fresh, self.subgoal)
             self.starting = torch.zeros_like(self.starting)
@@ -206,7 +200,6 @@ class HIRO:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.state_dim, self.low_blind = task.state_dim, task.low_blind
         self.subgoal_scale = torch.tensor(task.subgoal_scale, device=self.device)
-        self.subgoal_scale[: task.low_blind] = self.config.subgoal_reach
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self._make_learners(task)
@@ -218,7 +211,7 @@ class HIRO:
         """Two TD3s, and how far each explores, in the units that its networks see."""
         config = self.config
         observation_scale = torch.tensor(task.observation_scale)
-        subgoal_scale = self.subgoal_scale.cpu()
+        subgoal_scale = torch.tensor(task.subgoal_scale)
         low_scale = torch.cat(
             [observation_scale[self.low_blind : self.state_dim], 1 / subgoal_scale]
         )
@@ -420,7 +413,7 @@ class HIRO:
 
     def correct(self, batch):
         """The off-policy correction on a sampled high-level batch: subgoal [B, d], index [B]."""
-        # Differs 16: bfloat16 products; only the best of ten likelihoods is asked for
+        # Differs 15: bfloat16 products; only the best of ten likelihoods is asked for
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return relabel(
                 self.low_policy,

@@ -438,9 +438,9 @@ class ClockTask(gymnasium.Env):
     """A scripted world: the state tells copy, episode and time; every copy writes a log."""
 
     state_dim, action_dim, low_blind = 4, 2, 2
-    subgoal_scale = np.array([3.0, 3.0], np.float32)
+    subgoal_scale = np.array([3.0, 5.0], np.float32)
     observation_scale = np.ones(5, np.float32)
-    action_unit, total_steps, score, random_subgoals = 1.0, 100, "success_rate", 0
+    action_unit, total_steps, score = 1.0, 100, "success_rate"
     logs = []
 
     def __init__(self, evaluate=False, render_mode=None):
@@ -1358,7 +1358,6 @@ def test_paper_preset_is_appendix_C_and_the_authors_code():
     expected = {
         "units": "raw",
         "subgoal_steps": 10,
-        "subgoal_reach": 10.0,
         "carry_subgoal": False,
         "low_relabel": 0.0,
         "high_relabel": 1.0,
@@ -1401,16 +1400,14 @@ def test_paper_preset_is_appendix_C_and_the_authors_code():
     agent = HIRO(tasks.AntPush, config)
     assert (agent.high.actor.state_scale == 1).all() and (agent.high.critic.scale == 1).all()
     assert (agent.low.critic.scale == torch.tensor([1.0] * 43 + [30.0] * 8)).all()
-    torch.testing.assert_close(
-        agent.high.max_action, torch.tensor([10, 10, 0.5, 1, 1, 1, 1] + 4 * [0.5, 0.3])
-    )
+    assert agent.high.max_action.tolist() == tasks.AntPush.subgoal_scale.tolist()
     torch.testing.assert_close(agent.high.policy_noise, torch.full((15,), 0.2))
     torch.testing.assert_close(agent.low.noise_clip, torch.full((8,), 0.5 / 30))
 
 
 def test_the_default_shows_networks_numbers_of_order_one():
     agent = HIRO(tasks.AntMaze, HIROConfig())
-    subgoal = [4, 4, 0.5, 1, 1, 1, 1] + 4 * [0.5, 0.3]
+    subgoal = [10, 10, 0.5, 1, 1, 1, 1] + 4 * [0.5, 0.3]
     inverse = [1 / g for g in subgoal]
     state = 13 * [1.0] + 14 * [0.2] + [1.0]  # without x and y
     for scale, expected in (
@@ -1928,7 +1925,7 @@ def test_walk_measures_progress_and_falls(whole_run, monkeypatch):
     from results import walk
 
     agent = HIRO(tasks.AntMaze, small())
-    walked, fallen = walk.walk(agent, 4.0, steps=20, directions=2)
+    walked, fallen = walk.walk(agent, steps=20, directions=2)
     assert np.abs(walked).max() < 1 and not fallen.any(), "an untrained ant stands where it is"
     step = walk.OpenFloor.step
 
@@ -1938,7 +1935,7 @@ def test_walk_measures_progress_and_falls(whole_run, monkeypatch):
         return step(env, np.zeros(8))
 
     monkeypatch.setattr(walk.OpenFloor, "step", pushed)
-    walked, _ = walk.walk(agent, 4.0, steps=20, directions=4)  # told +x, +y, -x, -y
+    walked, _ = walk.walk(agent, steps=20, directions=4)  # told +x, +y, -x, -y
     assert np.allclose(walked, [2, 0.6, -2, -0.6], atol=0.2)
     monkeypatch.setattr(walk.OpenFloor, "step", step)
     agent.low_action = lambda *_, **__: torch.ones(1, 8)
@@ -1952,7 +1949,7 @@ def test_walk_measures_progress_and_falls(whole_run, monkeypatch):
         return env._observation(), {}
 
     monkeypatch.setattr(walk.OpenFloor, "reset", flipped)
-    _, fallen = walk.walk(agent, 4.0, steps=2, directions=2)
+    _, fallen = walk.walk(agent, steps=2, directions=2)
     assert fallen.all() and len(upside_down) == 2
     for paths, words in (
         ([], "name one policy.pt"),
