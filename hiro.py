@@ -68,7 +68,7 @@ class HIROConfig:
     high_actor_lr: float = option(1e-3, "Adam step size (C.2)")
     high_critic_lr: float = option(3e-3, "Adam step size (C.2)")
     # Differs 7: errors of Q within the quadratic part of the Huber loss
-    low_reward_scale: float = option(0.02, "factor on the intrinsic reward (C.2: 1)")
+    low_reward_scale: float = option(0.1, "factor on the intrinsic reward (C.2: 1)")
     high_reward_scale: float = option(0.01, "factor on the environment's reward (C.2: .1)")
     # Differs 5 and 6: a future without surprises, and half of the past seen with other subgoals
     carry_subgoal: bool = option(
