@@ -1400,7 +1400,9 @@ def test_paper_preset_is_appendix_C_and_the_authors_code():
     agent = HIRO(tasks.AntPush, config)
     assert (agent.high.actor.state_scale == 1).all() and (agent.high.critic.scale == 1).all()
     assert (agent.low.critic.scale == torch.tensor([1.0] * 43 + [30.0] * 8)).all()
-    assert agent.high.max_action.tolist() == tasks.AntPush.subgoal_scale.tolist()
+    torch.testing.assert_close(
+        agent.high.max_action, torch.tensor([10, 10, 0.5, 1, 1, 1, 1] + 4 * [0.5, 0.3])
+    )
     torch.testing.assert_close(agent.high.policy_noise, torch.full((15,), 0.2))
     torch.testing.assert_close(agent.low.noise_clip, torch.full((8,), 0.5 / 30))
 
@@ -1925,7 +1927,7 @@ def test_walk_measures_progress_and_falls(whole_run, monkeypatch):
     from results import walk
 
     agent = HIRO(tasks.AntMaze, small())
-    walked, fallen = walk.walk(agent, steps=20, directions=2)
+    walked, fallen = walk.walk(agent, 10.0, steps=20, directions=2)
     assert np.abs(walked).max() < 1 and not fallen.any(), "an untrained ant stands where it is"
     step = walk.OpenFloor.step
 
@@ -1935,7 +1937,7 @@ def test_walk_measures_progress_and_falls(whole_run, monkeypatch):
         return step(env, np.zeros(8))
 
     monkeypatch.setattr(walk.OpenFloor, "step", pushed)
-    walked, _ = walk.walk(agent, steps=20, directions=4)  # told +x, +y, -x, -y
+    walked, _ = walk.walk(agent, 10.0, steps=20, directions=4)  # told +x, +y, -x, -y
     assert np.allclose(walked, [2, 0.6, -2, -0.6], atol=0.2)
     monkeypatch.setattr(walk.OpenFloor, "step", step)
     agent.low_action = lambda *_, **__: torch.ones(1, 8)
@@ -1949,7 +1951,7 @@ def test_walk_measures_progress_and_falls(whole_run, monkeypatch):
         return env._observation(), {}
 
     monkeypatch.setattr(walk.OpenFloor, "reset", flipped)
-    _, fallen = walk.walk(agent, steps=2, directions=2)
+    _, fallen = walk.walk(agent, 10.0, steps=2, directions=2)
     assert fallen.all() and len(upside_down) == 2
     for paths, words in (
         ([], "name one policy.pt"),

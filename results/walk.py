@@ -2,9 +2,9 @@
 
 python results/walk.py POLICY ...   policies of ants; not of AntFall, whose floor is higher
 
-Every c steps a fresh subgoal of `reach` metres in one of eight directions, nothing asked of the
-other dimensions, for 200 steps (20 s); printed is the progress in that direction, in metres, and
-how many of the eight ants lie on their backs at the end.
+Every c steps a fresh subgoal in one of eight directions, as far as the high level may ask, then
+3 m, nothing asked of the other dimensions, for 200 steps (20 s); printed is the progress in that
+direction, in metres, and how many of the eight ants lie on their backs at the end.
 """
 
 import pathlib
@@ -24,7 +24,7 @@ class OpenFloor(AntMaze):
     maze = "\nR"
 
 
-def walk(agent, reach=10.0, steps=200, directions=8, seed=0):
+def walk(agent, reach, steps=200, directions=8, seed=0):
     """Progress [directions] where commanded, m, and which ants [directions] fell over."""
     progress, fallen = [], []
     for k in range(directions):
@@ -61,7 +61,7 @@ def main(paths):
         agent = HIRO(TASKS[policy["env"]], config)
         for which in ("latest", "best"):
             agent.load_policy_dict(policy[which])
-            for reach in (10.0, 3.0):
+            for reach in (float(agent.high.max_action[0]), 3.0):
                 metres, fallen = walk(agent, reach)
                 print(
                     f"{path} {which} at {policy[which]['step']:,}: told {reach:.0f} m, "
