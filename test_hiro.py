@@ -1353,6 +1353,9 @@ def test_a_short_run_ends_cleanly_and_leaves_its_files(name, tmp_path, run_train
     assert (code, err) == (0, "") and "success_rate" in out and "distance" in out
 
 
+ANT_SUBGOAL_RANGE = [10, 10, 0.5, 1, 1, 1, 1] + 4 * [0.5, 0.3]  # m, quaternion, rad (C.1)
+
+
 def test_paper_preset_is_appendix_C_and_the_authors_code():
     run, config = train.configs(train.parse(["--env", "AntPush", "--preset", "paper"]))
     expected = {
@@ -1400,16 +1403,14 @@ def test_paper_preset_is_appendix_C_and_the_authors_code():
     agent = HIRO(tasks.AntPush, config)
     assert (agent.high.actor.state_scale == 1).all() and (agent.high.critic.scale == 1).all()
     assert (agent.low.critic.scale == torch.tensor([1.0] * 43 + [30.0] * 8)).all()
-    torch.testing.assert_close(
-        agent.high.max_action, torch.tensor([10, 10, 0.5, 1, 1, 1, 1] + 4 * [0.5, 0.3])
-    )
+    assert torch.equal(agent.high.max_action, torch.tensor(ANT_SUBGOAL_RANGE))
     torch.testing.assert_close(agent.high.policy_noise, torch.full((15,), 0.2))
     torch.testing.assert_close(agent.low.noise_clip, torch.full((8,), 0.5 / 30))
 
 
 def test_the_default_shows_networks_numbers_of_order_one():
     agent = HIRO(tasks.AntMaze, HIROConfig())
-    subgoal = [10, 10, 0.5, 1, 1, 1, 1] + 4 * [0.5, 0.3]
+    subgoal = ANT_SUBGOAL_RANGE
     inverse = [1 / g for g in subgoal]
     state = 13 * [1.0] + 14 * [0.2] + [1.0]  # without x and y
     for scale, expected in (

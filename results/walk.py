@@ -25,7 +25,10 @@ class OpenFloor(AntMaze):
 
 
 def walk(agent, reach, steps=200, directions=8, seed=0):
-    """Progress [directions] where commanded, m, and which ants [directions] fell over."""
+    """Progress [directions] where commanded, m, and which ants [directions] fell over.
+
+    reach  length of each subgoal, m
+    """
     progress, fallen = [], []
     for k in range(directions):
         angle = 2 * np.pi * k / directions
