@@ -14,6 +14,7 @@ What HIRO must know of a task stands in its class attributes:
     total_steps        environment steps of one training run
     random_subgoals    environment steps at its start with uniformly random subgoals, until the
                        low level goes where it is told (--preset td3)
+    low_steps          environment steps that the low level learns for; 0: all (--preset td3)
 """
 
 import os
@@ -54,6 +55,7 @@ class AntMaze(gymnasium.Env):
     score = "success_rate"
     total_steps = 10_000_000
     random_subgoals = 100_000
+    low_steps = 800_000
 
     maze = """
         # # # # #
@@ -282,6 +284,7 @@ class AntPush(AntMaze):
         # # # # #"""
     target_low = None
     eval_target = (0.0, 19.0)
+    low_steps = 0
 
 
 class AntFall(AntMaze):
@@ -300,6 +303,7 @@ class AntFall(AntMaze):
         # # # #"""
     target_low = None
     eval_target = (0.0, 27.0, 4.5)
+    low_steps = 0
 
 
 class AntGather(AntMaze):
@@ -312,9 +316,10 @@ class AntGather(AntMaze):
 
     observation_scale = np.append(AntMaze.state_scale, np.ones(20)).astype(np.float32)
     score = "return"
+    low_steps = 0
     maze = "\nR"
     num_each = 8
-    bins, reach = 10, 6.0  # Differs 14: the paper gives neither the readings nor the cost of dying
+    bins, reach = 10, 6.0  # Differs 15: the paper gives neither the readings nor the cost of dying
 
     def _add_scenery(self, spec):
         for x, y in ((-11, 0), (11, 0), (0, -11), (0, 11)):
@@ -385,6 +390,7 @@ class PointMaze(AntMaze):
     action_unit = 4.0
     total_steps = 100_000
     random_subgoals = 20_000
+    low_steps = 0
     max_steps = 300
 
     def _robot(self):

@@ -76,6 +76,11 @@ class HIROConfig:
         "at a segment's end the low level's g_{t+1} is still h(s, g, s'), not the fresh subgoal",
     )
     low_relabel: float = option(0.5, "share of low-level samples with another one's subgoal (5.2)")
+    # Differs 10: in the end a low level that walks, and does not forget how
+    low_steps: int = option(
+        None, "environment steps that the low level learns for; 0: all (default: the task's)"
+    )
+    late_reach: float = option(0.4, "share of their x and y range that subgoals keep after that")
     low_buffer_size: int = option(200_000, "low-level transitions kept (C.2)")
     high_buffer_size: int = option(200_000, "high-level transitions kept (C.2)")
     # Differs 3: a uniformly random start
@@ -102,9 +107,9 @@ class HIROConfig:
 
     def for_task(self, task):
         """This configuration with what it leaves to the task filled in."""
-        if self.high_uniform_steps is not None:
-            return self
-        return replace(self, high_uniform_steps=task.random_subgoals)
+        of_task = {"high_uniform_steps": task.random_subgoals, "low_steps": task.low_steps}
+        left = {name: value for name, value in of_task.items() if getattr(self, name) is None}
+        return replace(self, **left)
 
 
 PRESETS = {
@@ -112,6 +117,7 @@ PRESETS = {
     "paper": dict(
         carry_subgoal=False,
         low_relabel=0.0,
+        low_steps=0,
         high_relabel=1.0,
         low_reward_scale=1.0,
         low_discount=0.99,
@@ -144,7 +150,7 @@ class Hierarchy:
 
     def act(self, obs, explore):
         """Low-level actions [N, A]; at the start of an episode the high level acts first."""
-        if self.starting.any():  # Differs 10: no first step with subgoal 0
+        if self.starting.any():  # Differs 11: no first step with subgoal 0
             fresh = self.agent.high_action(obs, explore)
             self.subgoal = torch.where(self.starting[:, None], fresh, self.subgoal)
             self.starting = torch.zeros_like(self.starting)
@@ -245,6 +251,9 @@ class HIRO:
         self.high = learner("high", subgoal_scale, high_unit, high_scales)
         self.low_noise = (config.low_noise * low_unit).to(self.device)
         self.high_noise = (config.high_noise * high_unit).to(self.device)
+        ranges = [level.max_action for level in (self.high.actor, self.high.actor_target)]
+        ranges += [self.high.policy_noise, self.high.noise_clip, self.high_noise]
+        self.high_ranges = [(part, part.clone()) for part in ranges]  # as they are, and in full
 
     def _make_buffers(self, task, num_envs):
         """What each level remembers (3.1), and the high level's transitions under way."""
@@ -337,7 +346,10 @@ class HIRO:
         state, next_state = obs[:, : self.state_dim], next_obs[:, : self.state_dim]
         subgoal, clock = self.hierarchy.subgoal, self.hierarchy.clock
 
+        learning = self.low_learns
         self.steps += len(obs)
+        if self.low_learns != learning:
+            self._limit_reach()
         segment, first = self.segment, clock == 0
         env = torch.arange(len(obs), device=self.device)
         segment["states"][env, clock] = state
@@ -379,6 +391,20 @@ class HIRO:
 
     # ------------------------------------------------------------------ learning
 
+    @property
+    def low_learns(self):
+        """Whether the low level has not come to rest yet (Differs 10)."""
+        return not self.config.low_steps or self.steps <= self.config.low_steps
+
+    def _limit_reach(self):
+        """Differs 10: while the low level rests, subgoals and their noise reach less far.
+
+        Told a place nearby the ant walks there; told one far away it runs, and falls more often.
+        """
+        share = 1.0 if self.low_learns else self.config.late_reach
+        for part, full in self.high_ranges:
+            part[: self.low_blind] = share * full[: self.low_blind]  # x and y
+
     def update_low(self):
         """One TD3 step of the low level; returns its metrics."""
         batch = self.low_buffer.sample(self.config.batch_size)
@@ -413,7 +439,7 @@ class HIRO:
 
     def correct(self, batch):
         """The off-policy correction on a sampled high-level batch: subgoal [B, d], index [B]."""
-        # Differs 15: bfloat16 products; only the best of ten likelihoods is asked for
+        # Differs 16: bfloat16 products; only the best of ten likelihoods is asked for
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return relabel(
                 self.low_policy,
@@ -421,7 +447,7 @@ class HIRO:
                 batch["actions"],
                 batch["subgoal"],
                 batch["next_state"],
-                self.subgoal_scale,
+                self.high.max_action,
                 mask=batch["mask"],
                 num_random=self.config.num_candidates - 2,
                 center=self.config.candidate_center,
@@ -451,6 +477,7 @@ class HIRO:
         self.segment = {name: part.to(self.device, copy=True) for name, part in segment}
         self.generator.set_state(state["generator"].cpu())
         self.steps = state["steps"]
+        self._limit_reach()
 
     def policy_dict(self):
         """The two actors alone: what evaluation needs."""

@@ -81,7 +81,7 @@ class Critic(nn.Module):
         return self.net1(self._input(state, action)).squeeze(-1)
 
     def _input(self, state, action):
-        # Differs 13: the action enters at the first layer only
+        # Differs 14: the action enters at the first layer only
         return torch.cat([state, action], -1) * self.scale
 
 
@@ -147,7 +147,7 @@ class TD3:
         action = self.actor_target(next_state)
         noise = torch.randn(action.shape, generator=self.generator, device=action.device)
         noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
-        # Differs 11: clipped to the range, as in TD3
+        # Differs 12: clipped to the range, as in TD3
         action = (action + noise).clamp(-self.max_action, self.max_action)
         q1, q2 = self.critic_target(next_state, action)
         return reward + self.discount * (1 - terminated) * torch.min(q1, q2)
@@ -167,7 +167,7 @@ class TD3:
         self.critic_optimizer.step()
         metrics = {"q": q1.detach().mean(), "critic_loss": critic_loss.detach()}
 
-        if self.updates % self.policy_delay == 0:  # Differs 12: Adam does not step in between
+        if self.updates % self.policy_delay == 0:  # Differs 13: Adam does not step in between
             self.critic.requires_grad_(False)  # the actor's gradient passes through, nothing stays
             action = self.actor(batch["state"])
             actor_loss = -self.critic.q1(batch["state"], action).mean()

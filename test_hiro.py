@@ -32,6 +32,7 @@ from td3 import TD3
 
 torch.set_num_threads(1)
 HERE = pathlib.Path(__file__).resolve().parent
+ANT_SUBGOAL_RANGE = [10, 10, 0.5, 1, 1, 1, 1] + 4 * [0.5, 0.3]  # m, quaternion, rad (C.1)
 
 
 def randn(*shape, seed=0):
@@ -441,6 +442,7 @@ class ClockTask(gymnasium.Env):
     subgoal_scale = np.array([3.0, 5.0], np.float32)
     observation_scale = np.ones(5, np.float32)
     action_unit, total_steps, score = 1.0, 100, "success_rate"
+    random_subgoals = low_steps = 0
     logs = []
 
     def __init__(self, evaluate=False, render_mode=None):
@@ -817,6 +819,70 @@ def test_the_high_level_learns_from_when_its_subgoals_are_its_own(tmp_path):
     training = train.Training(run, small(start_steps=40, high_uniform_steps=90), tmp_path)
     training.train()
     assert (training.agent.low.updates, training.agent.high.updates) == (100, 5)
+
+
+def test_at_last_the_low_level_rests_and_the_high_level_asks_for_less(tmp_path):
+    run = train.RunConfig(env="AntMaze", total_steps=140, eval_episodes=1)
+    config = small(start_steps=40, low_steps=100, late_reach=0.25, high_noise=1.0)
+    training = train.Training(run, config, tmp_path)
+    agent, full = training.agent, torch.tensor(ANT_SUBGOAL_RANGE)
+    while training.step < 100:
+        training.interact()
+    assert agent.low_learns and (agent.low.updates, agent.high.updates) == (60, 6)
+    weights = copy.deepcopy(agent.low.state_dict())
+    while training.step < 140:
+        training.interact()
+    assert not agent.low_learns and (agent.low.updates, agent.high.updates) == (60, 10)
+    assert_same(agent.low.state_dict(), weights)
+
+    near = torch.cat([0.25 * full[:2], full[2:]])  # x and y only, which the low level never sees
+    rows = agent.high_buffer.rows()
+    before, after = rows["subgoal"][:11], rows["subgoal"][11:]  # segments begin at 0 ... 100, 110
+    assert (before.abs() > near).any() and (before.abs() <= full).all()
+    assert (after.abs() <= near).all() and (after.abs() == near)[:, :2].any()
+    for level in agent.high.actor, agent.high.actor_target:
+        assert torch.equal(level.max_action, near)
+    for noise, fraction in (
+        (agent.high_noise, 1.0),
+        (agent.high.policy_noise, 0.2),
+        (agent.high.noise_clip, 0.5),
+    ):
+        torch.testing.assert_close(noise, fraction * near)
+    inverse = agent.high.critic.scale[-15:]
+    torch.testing.assert_close(inverse, 1 / full)  # what old subgoals mean to networks stays
+    assert (agent.high_action(randn(500, 32), explore=True).abs() <= near).all()
+
+    agent.bfloat16 = False
+    batch = {name: part[:11] for name, part in rows.items()}
+    args = [batch[name] for name in ("states", "actions", "subgoal", "next_state")]
+    generator = agent.generator.clone_state()
+    expected = relabel.relabel(agent.low_policy, *args, near, batch["mask"], generator=generator)
+    assert_same(agent.correct(batch), expected)
+
+    policy = HIRO(tasks.AntMaze, small())  # the reach comes with the policy
+    policy.load_policy_dict(agent.policy_dict())
+    assert torch.equal(policy.high.max_action, near)
+    other = HIRO(tasks.AntMaze, config, seed=1)  # and with a checkpoint, noise too; and it goes
+    early = {**other.state_dict(), "steps": 100}
+    for state, reach in ((agent.state_dict(), near), (early, full)):
+        other.load_state_dict(state)
+        assert torch.equal(other.high.max_action, reach) and torch.equal(other.high_noise, reach)
+
+
+def test_the_low_level_never_rests_where_the_task_or_the_paper_says_so():
+    for task, preset, steps in (
+        ("AntMaze", "td3", tasks.AntMaze.low_steps),
+        ("AntPush", "td3", 0),
+        ("PointMaze", "td3", 0),
+        ("AntMaze", "paper", 0),
+    ):
+        config = train.configs({"env": task, "preset": preset})[1]
+        assert config.low_steps == steps
+        agent = HIRO(tasks.TASKS[task], dataclasses.replace(config, hidden=8))
+        agent.steps = 10**7
+        assert agent.low_learns == (steps == 0)
+    chosen = train.configs({"env": "AntMaze", "low_steps": 0, "high_uniform_steps": 7})[1]
+    assert (chosen.low_steps, chosen.high_uniform_steps) == (0, 7)
 
 
 def test_correction_uses_the_current_low_level_and_keeps_the_rest__3_3():
@@ -1353,9 +1419,6 @@ def test_a_short_run_ends_cleanly_and_leaves_its_files(name, tmp_path, run_train
     assert (code, err) == (0, "") and "success_rate" in out and "distance" in out
 
 
-ANT_SUBGOAL_RANGE = [10, 10, 0.5, 1, 1, 1, 1] + 4 * [0.5, 0.3]  # m, quaternion, rad (C.1)
-
-
 def test_paper_preset_is_appendix_C_and_the_authors_code():
     run, config = train.configs(train.parse(["--env", "AntPush", "--preset", "paper"]))
     expected = {
@@ -1363,6 +1426,8 @@ def test_paper_preset_is_appendix_C_and_the_authors_code():
         "subgoal_steps": 10,
         "carry_subgoal": False,
         "low_relabel": 0.0,
+        "low_steps": 0,
+        "late_reach": 0.4,
         "high_relabel": 1.0,
         "low_discount": 0.99,
         "high_discount": 0.99,
@@ -1500,7 +1565,7 @@ def step_of(folder):
 
 RUNS = {
     "point": ("--env", "PointMaze", *TRAINING),
-    "three points": ("--env", "PointMaze", "--num-envs", 3, *TRAINING),
+    "three points": ("--env", "PointMaze", "--num-envs", 3, "--low-steps", 200, *TRAINING),
     "push": ("--env", "AntPush", *TRAINING, "--eval-every", 350, "--eval-episodes", 1),
 }
 
@@ -1840,6 +1905,9 @@ BAD_INPUTS = {
     "--resume {run} --tau 0.1": "tau 0.1 differs",
     "--resume {run} --no-correction": "--correction False differs",
     POINT + "--high-relabel 0": "above 0",
+    POINT + "--late-reach 0": "above 0, at most 1",
+    POINT + "--late-reach 1.1": "above 0, at most 1",
+    POINT + "--low-steps 10000": "more than --start-steps 10000",
     "--resume {run} --seed 5": "--seed 5 differs",
     "--eval-only {bad}/nothing.pt": "no such policy",
     "--eval-only {bad}/text.pt": "not a readable policy",

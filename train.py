@@ -279,7 +279,8 @@ class Training:
         self.agent = HIRO(task, config, run.num_envs, run.seed, run.device)
         self.obs, _ = self.envs.reset(seed=run.seed * run.num_envs)  # no copy shares a stream
         self.seconds = 0.0  # of training, earlier sittings of the run included
-        self.owed = 0  # environment steps that still call for a low-level update
+        self.owed = 0  # environment steps that still call for a turn to learn
+        self.turns = 0  # to learn, so far
         self.sums, self.counts = {}, {}  # of metrics, since the last evaluation
         self.warnings = 0
         self.best = None  # the policy with the best evaluation so far
@@ -352,14 +353,17 @@ class Training:
                 self.learn()
 
     def learn(self):
-        """One low-level update, and one high-level update for every c of them.
+        """One low-level update, and at every c-th turn one high-level update.
 
         The high level learns from when the subgoals are its own: before, when nothing yet follows
-        them, its actor would run into a corner of the range for good (Differs 3).
+        them, its actor would run into a corner of the range for good (Differs 3). The low level
+        learns until it comes to rest (Differs 10).
         """
-        self.count("low", self.agent.update_low())
+        self.turns += 1
+        if self.agent.low_learns:
+            self.count("low", self.agent.update_low())
         own = self.step > self.config.high_uniform_steps
-        if own and self.agent.low.updates % self.config.subgoal_steps == 0:
+        if own and self.turns % self.config.subgoal_steps == 0:
             self.count("high", self.agent.update_high())
 
     def count(self, source, metrics):
@@ -421,7 +425,7 @@ class Training:
 
     # ------------------------------------------------------------------ saving
 
-    PLAIN = ("seconds", "owed", "sums", "counts", "warnings", "best")
+    PLAIN = ("seconds", "owed", "turns", "sums", "counts", "warnings", "best")
 
     def save(self):
         """Write a checkpoint beside the older ones, then remove all but two."""
@@ -600,6 +604,9 @@ def validate(run, config):
     for name in ("low_actor_lr", "low_critic_lr", "high_actor_lr", "high_critic_lr"):
         require(getattr(config, name) > 0, name, "must be positive")
     require(0 < config.high_relabel <= 1, "high_relabel", "must be above 0, at most 1")
+    require(0 < config.late_reach <= 1, "late_reach", "must be above 0, at most 1")
+    rule = f"must be 0, or more than --start-steps {config.start_steps}: the low level must learn"
+    require(config.low_steps == 0 or config.low_steps > config.start_steps, "low_steps", rule)
     require(config.num_candidates >= 2, "num_candidates", "must be at least 2")
     require(config.units in ("range", "raw"), "units", "choose from range, raw")
     smaller = min(config.low_buffer_size, config.high_buffer_size)

@@ -82,7 +82,7 @@ def bare_simulator(env):
 def profile(training, env, seconds):
     """Train for so long and print the table; `env` is one environment of the same task."""
     agent, config, run = training.agent, training.config, training.run
-    while agent.low.updates < 2 * config.policy_delay * config.subgoal_steps:
+    while training.turns < 2 * config.policy_delay * config.subgoal_steps:
         training.interact()
     rows = config.batch_size, config.num_corrected * config.num_candidates * config.subgoal_steps
     dtype = torch.bfloat16 if agent.bfloat16 else torch.float32
