@@ -14,7 +14,7 @@ What HIRO must know of a task stands in its class attributes:
     total_steps        environment steps of one training run
     random_subgoals    environment steps at its start with uniformly random subgoals, until the
                        low level goes where it is told (--preset td3)
-    low_steps          environment steps that the low level learns for; 0: all (--preset td3)
+    rest_step          environment step up to which the low level learns; 0: no end (--preset td3)
 """
 
 import os
@@ -55,7 +55,7 @@ class AntMaze(gymnasium.Env):
     score = "success_rate"
     total_steps = 10_000_000
     random_subgoals = 100_000
-    low_steps = 800_000
+    rest_step = 800_000
 
     maze = """
         # # # # #
@@ -284,7 +284,7 @@ class AntPush(AntMaze):
         # # # # #"""
     target_low = None
     eval_target = (0.0, 19.0)
-    low_steps = 0
+    rest_step = 0
 
 
 class AntFall(AntMaze):
@@ -303,7 +303,7 @@ class AntFall(AntMaze):
         # # # #"""
     target_low = None
     eval_target = (0.0, 27.0, 4.5)
-    low_steps = 0
+    rest_step = 0
 
 
 class AntGather(AntMaze):
@@ -316,7 +316,7 @@ class AntGather(AntMaze):
 
     observation_scale = np.append(AntMaze.state_scale, np.ones(20)).astype(np.float32)
     score = "return"
-    low_steps = 0
+    rest_step = 0
     maze = "\nR"
     num_each = 8
     bins, reach = 10, 6.0  # Differs 15: the paper gives neither the readings nor the cost of dying
@@ -390,7 +390,7 @@ class PointMaze(AntMaze):
     action_unit = 4.0
     total_steps = 100_000
     random_subgoals = 20_000
-    low_steps = 0
+    rest_step = 0
     max_steps = 300
 
     def _robot(self):

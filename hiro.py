@@ -77,10 +77,12 @@ class HIROConfig:
     )
     low_relabel: float = option(0.5, "share of low-level samples with another one's subgoal (5.2)")
     # Differs 10: in the end a low level that walks, and does not forget how
-    low_steps: int = option(
-        None, "environment steps that the low level learns for; 0: all (default: the task's)"
+    rest_step: int = option(
+        None, "environment step up to which the low level learns; 0: no end (default: the task's)"
     )
-    late_reach: float = option(0.4, "share of their x and y range that subgoals keep after that")
+    rest_reach: float = option(
+        0.4, "from then on: how far subgoals reach along x and y, as a share of their range"
+    )
     low_buffer_size: int = option(200_000, "low-level transitions kept (C.2)")
     high_buffer_size: int = option(200_000, "high-level transitions kept (C.2)")
     # Differs 3: a uniformly random start
@@ -107,9 +109,9 @@ class HIROConfig:
 
     def for_task(self, task):
         """This configuration with what it leaves to the task filled in."""
-        of_task = {"high_uniform_steps": task.random_subgoals, "low_steps": task.low_steps}
-        left = {name: value for name, value in of_task.items() if getattr(self, name) is None}
-        return replace(self, **left)
+        of_task = {"high_uniform_steps": task.random_subgoals, "rest_step": task.rest_step}
+        unset = {name: value for name, value in of_task.items() if getattr(self, name) is None}
+        return replace(self, **unset)
 
 
 PRESETS = {
@@ -117,7 +119,7 @@ PRESETS = {
     "paper": dict(
         carry_subgoal=False,
         low_relabel=0.0,
-        low_steps=0,
+        rest_step=0,
         high_relabel=1.0,
         low_reward_scale=1.0,
         low_discount=0.99,
@@ -251,9 +253,9 @@ class HIRO:
         self.high = learner("high", subgoal_scale, high_unit, high_scales)
         self.low_noise = (config.low_noise * low_unit).to(self.device)
         self.high_noise = (config.high_noise * high_unit).to(self.device)
-        ranges = [level.max_action for level in (self.high.actor, self.high.actor_target)]
+        ranges = [actor.max_action for actor in (self.high.actor, self.high.actor_target)]
         ranges += [self.high.policy_noise, self.high.noise_clip, self.high_noise]
-        self.high_ranges = [(part, part.clone()) for part in ranges]  # as they are, and in full
+        self.high_ranges = [(used, used.clone()) for used in ranges]  # in use, and in full
 
     def _make_buffers(self, task, num_envs):
         """What each level remembers (3.1), and the high level's transitions under way."""
@@ -346,10 +348,10 @@ class HIRO:
         state, next_state = obs[:, : self.state_dim], next_obs[:, : self.state_dim]
         subgoal, clock = self.hierarchy.subgoal, self.hierarchy.clock
 
-        learning = self.low_learns
+        rested = self.low_rests
         self.steps += len(obs)
-        if self.low_learns != learning:
-            self._limit_reach()
+        if self.low_rests != rested:
+            self._set_reach()
         segment, first = self.segment, clock == 0
         env = torch.arange(len(obs), device=self.device)
         segment["states"][env, clock] = state
@@ -392,18 +394,18 @@ class HIRO:
     # ------------------------------------------------------------------ learning
 
     @property
-    def low_learns(self):
-        """Whether the low level has not come to rest yet (Differs 10)."""
-        return not self.config.low_steps or self.steps <= self.config.low_steps
+    def low_rests(self):
+        """Whether the low level learns no more (Differs 10); it goes on acting."""
+        return 0 < self.config.rest_step < self.steps
 
-    def _limit_reach(self):
-        """Differs 10: while the low level rests, subgoals and their noise reach less far.
+    def _set_reach(self):
+        """Differs 10: once the low level rests, subgoals and their noise reach less far.
 
         Told a place nearby the ant walks there; told one far away it runs, and falls more often.
         """
-        share = 1.0 if self.low_learns else self.config.late_reach
-        for part, full in self.high_ranges:
-            part[: self.low_blind] = share * full[: self.low_blind]  # x and y
+        share = self.config.rest_reach if self.low_rests else 1.0
+        for used, full in self.high_ranges:
+            used[: self.low_blind] = share * full[: self.low_blind]  # x and y
 
     def update_low(self):
         """One TD3 step of the low level; returns its metrics."""
@@ -477,7 +479,7 @@ class HIRO:
         self.segment = {name: part.to(self.device, copy=True) for name, part in segment}
         self.generator.set_state(state["generator"].cpu())
         self.steps = state["steps"]
-        self._limit_reach()
+        self._set_reach()
 
     def policy_dict(self):
         """The two actors alone: what evaluation needs."""

@@ -84,7 +84,7 @@ def relabel(
 ):
     """The most likely candidate of each segment; arguments as in the functions above.
 
-    returns  subgoal [B, d], index [B] of the chosen candidate (0: the original was kept)
+    returns  subgoal [B, d], index [B] of the chosen candidate (0: the original, clipped)
     """
     candidates = candidate_subgoals(
         states[:, 0], next_state, subgoal, scale, num_random, center, spread, generator

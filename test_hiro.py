@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -442,7 +443,7 @@ class ClockTask(gymnasium.Env):
     subgoal_scale = np.array([3.0, 5.0], np.float32)
     observation_scale = np.ones(5, np.float32)
     action_unit, total_steps, score = 1.0, 100, "success_rate"
-    random_subgoals = low_steps = 0
+    random_subgoals = rest_step = 0
     logs = []
 
     def __init__(self, evaluate=False, render_mode=None):
@@ -823,16 +824,16 @@ def test_the_high_level_learns_from_when_its_subgoals_are_its_own(tmp_path):
 
 def test_at_last_the_low_level_rests_and_the_high_level_asks_for_less(tmp_path):
     run = train.RunConfig(env="AntMaze", total_steps=140, eval_episodes=1)
-    config = small(start_steps=40, low_steps=100, late_reach=0.25, high_noise=1.0)
+    config = small(start_steps=40, rest_step=100, rest_reach=0.25, high_noise=1.0)
     training = train.Training(run, config, tmp_path)
     agent, full = training.agent, torch.tensor(ANT_SUBGOAL_RANGE)
     while training.step < 100:
         training.interact()
-    assert agent.low_learns and (agent.low.updates, agent.high.updates) == (60, 6)
+    assert not agent.low_rests and (agent.low.updates, agent.high.updates) == (60, 6)
     weights = copy.deepcopy(agent.low.state_dict())
     while training.step < 140:
         training.interact()
-    assert not agent.low_learns and (agent.low.updates, agent.high.updates) == (60, 10)
+    assert agent.low_rests and (agent.low.updates, agent.high.updates) == (60, 10)
     assert_same(agent.low.state_dict(), weights)
 
     near = torch.cat([0.25 * full[:2], full[2:]])  # x and y only, which the low level never sees
@@ -840,8 +841,8 @@ def test_at_last_the_low_level_rests_and_the_high_level_asks_for_less(tmp_path):
     before, after = rows["subgoal"][:11], rows["subgoal"][11:]  # segments begin at 0 ... 100, 110
     assert (before.abs() > near).any() and (before.abs() <= full).all()
     assert (after.abs() <= near).all() and (after.abs() == near)[:, :2].any()
-    for level in agent.high.actor, agent.high.actor_target:
-        assert torch.equal(level.max_action, near)
+    for actor in agent.high.actor, agent.high.actor_target:
+        assert torch.equal(actor.max_action, near)
     for noise, fraction in (
         (agent.high_noise, 1.0),
         (agent.high.policy_noise, 0.2),
@@ -869,20 +870,18 @@ def test_at_last_the_low_level_rests_and_the_high_level_asks_for_less(tmp_path):
         assert torch.equal(other.high.max_action, reach) and torch.equal(other.high_noise, reach)
 
 
-def test_the_low_level_never_rests_where_the_task_or_the_paper_says_so():
-    for task, preset, steps in (
-        ("AntMaze", "td3", tasks.AntMaze.low_steps),
-        ("AntPush", "td3", 0),
-        ("PointMaze", "td3", 0),
-        ("AntMaze", "paper", 0),
-    ):
+def test_only_AntMaze_s_low_level_rests_and_the_paper_s_never():
+    steps = {"AntMaze": 800_000, "AntPush": 0, "AntFall": 0, "AntGather": 0, "PointMaze": 0}
+    assert steps.keys() == tasks.TASKS.keys()
+    for preset, task in itertools.product(PRESETS, steps):
         config = train.configs({"env": task, "preset": preset})[1]
-        assert config.low_steps == steps
+        expected = steps[task] if preset == "td3" else 0
+        assert config.rest_step == expected
         agent = HIRO(tasks.TASKS[task], dataclasses.replace(config, hidden=8))
-        agent.steps = 10**7
-        assert agent.low_learns == (steps == 0)
-    chosen = train.configs({"env": "AntMaze", "low_steps": 0, "high_uniform_steps": 7})[1]
-    assert (chosen.low_steps, chosen.high_uniform_steps) == (0, 7)
+        for agent.steps in (800_000, 800_001, 10**7):
+            assert agent.low_rests == (expected > 0 and agent.steps > expected)
+    chosen = train.configs({"env": "AntMaze", "rest_step": 0, "high_uniform_steps": 20_000})[1]
+    assert (chosen.rest_step, chosen.high_uniform_steps) == (0, 20_000)
 
 
 def test_correction_uses_the_current_low_level_and_keeps_the_rest__3_3():
@@ -1426,8 +1425,8 @@ def test_paper_preset_is_appendix_C_and_the_authors_code():
         "subgoal_steps": 10,
         "carry_subgoal": False,
         "low_relabel": 0.0,
-        "low_steps": 0,
-        "late_reach": 0.4,
+        "rest_step": 0,
+        "rest_reach": 0.4,
         "high_relabel": 1.0,
         "low_discount": 0.99,
         "high_discount": 0.99,
@@ -1565,7 +1564,7 @@ def step_of(folder):
 
 RUNS = {
     "point": ("--env", "PointMaze", *TRAINING),
-    "three points": ("--env", "PointMaze", "--num-envs", 3, "--low-steps", 200, *TRAINING),
+    "three points": ("--env", "PointMaze", "--num-envs", 3, "--rest-step", 200, *TRAINING),
     "push": ("--env", "AntPush", *TRAINING, "--eval-every", 350, "--eval-episodes", 1),
 }
 
@@ -1711,6 +1710,20 @@ def test_resume_refuses_settings_that_another_version_did_not_have(tmp_path, run
     (folder / "config.json").write_text(json.dumps(config))
     code, _, err = run_train("--resume", folder, "--total-steps", 950)
     assert code == 2 and "high_random was another setting" in err and err.count("\n") == 1
+
+
+def test_a_policy_older_than_a_setting_still_plays(tmp_path, run_train, whole_run):
+    policy = torch.load(whole_run / "policy.pt", weights_only=True)
+    del policy["config"]["rest_step"], policy["config"]["rest_reach"]
+    torch.save(policy, tmp_path / "old.pt")
+    plays = [run_train("--eval-only", f) for f in (whole_run / "policy.pt", tmp_path / "old.pt")]
+    assert plays[0] == plays[1] and plays[0][0] == 0
+
+
+def test_a_level_that_does_not_learn_leaves_its_columns_empty(whole_runs):
+    rows = rows_without_time(whole_runs["three points"])  # its low level rests after step 200
+    assert [row["low_q"] == "nan" for row in rows] == [False, True, True]
+    assert all(row["high_q"] != "nan" for row in rows)
 
 
 def test_resume_refuses_other_columns(tmp_path, run_train, whole_run):
@@ -1905,9 +1918,9 @@ BAD_INPUTS = {
     "--resume {run} --tau 0.1": "tau 0.1 differs",
     "--resume {run} --no-correction": "--correction False differs",
     POINT + "--high-relabel 0": "above 0",
-    POINT + "--late-reach 0": "above 0, at most 1",
-    POINT + "--late-reach 1.1": "above 0, at most 1",
-    POINT + "--low-steps 10000": "more than --start-steps 10000",
+    POINT + "--rest-reach 0": "a share above 0",
+    POINT + "--rest-reach 4": "a share above 0",
+    POINT + "--rest-step 10000": "more than --start-steps 10000",
     "--resume {run} --seed 5": "--seed 5 differs",
     "--eval-only {bad}/nothing.pt": "no such policy",
     "--eval-only {bad}/text.pt": "not a readable policy",

@@ -360,7 +360,7 @@ class Training:
         learns until it comes to rest (Differs 10).
         """
         self.turns += 1
-        if self.agent.low_learns:
+        if not self.agent.low_rests:
             self.count("low", self.agent.update_low())
         own = self.step > self.config.high_uniform_steps
         if own and self.turns % self.config.subgoal_steps == 0:
@@ -604,9 +604,9 @@ def validate(run, config):
     for name in ("low_actor_lr", "low_critic_lr", "high_actor_lr", "high_critic_lr"):
         require(getattr(config, name) > 0, name, "must be positive")
     require(0 < config.high_relabel <= 1, "high_relabel", "must be above 0, at most 1")
-    require(0 < config.late_reach <= 1, "late_reach", "must be above 0, at most 1")
+    require(0 < config.rest_reach <= 1, "rest_reach", "must be a share above 0, at most 1")
     rule = f"must be 0, or more than --start-steps {config.start_steps}: the low level must learn"
-    require(config.low_steps == 0 or config.low_steps > config.start_steps, "low_steps", rule)
+    require(config.rest_step == 0 or config.rest_step > config.start_steps, "rest_step", rule)
     require(config.num_candidates >= 2, "num_candidates", "must be at least 2")
     require(config.units in ("range", "raw"), "units", "choose from range, raw")
     smaller = min(config.low_buffer_size, config.high_buffer_size)

@@ -94,12 +94,13 @@ def profile(training, env, seconds):
     relabelling = flops(agent.update_high, config.policy_delay) - updating
     high = flops(lambda: agent.high_action(obs, False)) / config.subgoal_steps
     acting = high + flops(lambda: agent.low_action(obs, agent.hierarchy.subgoal, False))
+    low = flops(agent.update_low, config.policy_delay)
     segment = config.update_every * config.subgoal_steps
     floors = {  # seconds per environment step
         "acting": acting / run.num_envs / small,
         "simulator": bare_simulator(env),
         "storing": 0.0,
-        "low update": flops(agent.update_low, config.policy_delay) / config.update_every / small,
+        "low update": 0.0 if agent.low_rests else low / config.update_every / small,
         "relabelling": relabelling / segment / large,
         "high update": updating / segment / small,
     }
