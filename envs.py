@@ -55,7 +55,7 @@ class AntMaze(gymnasium.Env):
     score = "success_rate"
     total_steps = 10_000_000
     random_subgoals = 100_000
-    rest_step = 800_000
+    rest_step = 1_000_000
 
     maze = """
         # # # # #
