@@ -1993,8 +1993,13 @@ def test_curves_are_drawn_from_csv_files_even_torn_ones(whole_run, tmp_path):
         shutil.copy(whole_run / "config.json", folder / f"seed{seed}")
     groups = plot.find([folder])
     assert [len(run["step"]) for run in groups["PointMaze"]] == [3, 3]
+    saved = json.loads((folder / "seed1" / "config.json").read_text())
+    (folder / "seed1" / "config.json").write_text(json.dumps({**saved, "preset": "paper"}))
     plot.main([str(folder)])
-    assert (folder / "curves.png").exists() and (folder / "curves.svg").exists()
+    assert (folder / "curves.png").exists()
+    words = (folder / "curves.svg").read_text()  # text is paths, with what it says in a comment
+    assert "<!-- 0 of 1 seeds ≥ .9 at the end -->" in words
+    assert "<!-- preset paper: 0 of 1 seeds ≥ .9 at the end -->" in words
 
 
 def test_curves_leave_the_history_out_unless_it_is_asked_for(whole_run, tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 HERE = pathlib.Path(__file__).resolve().parent
 PAPER = {"AntMaze": 0.99, "AntPush": 0.92, "AntFall": 0.66, "AntGather": 3.02}  # Table 1
 GREEN, RED, BLUE, GREY = "#2a9d4a", "#c8452f", "#2f6db5", "#8a93a3"
+PRESETS = {"td3": BLUE, "paper": RED}
 
 
 def pyplot():
@@ -40,7 +41,7 @@ def find(folders, without=None):
     """Every CSV below the folders that has its run's JSON beside it: {"AntMaze": [curve, ...]}.
 
     without  the name of a folder to leave out
-    returns  curves as read() gives them, with the run's "commit"
+    returns  curves as read() gives them, with the run's "preset" and "commits"
     """
     groups = {}
     for folder in folders:
@@ -51,13 +52,15 @@ def find(folders, without=None):
             curve = read(path) if config else {}
             if curve and path.parent.name != without:
                 saved = json.loads(config.read_text())
-                curve["commit"] = saved["versions"]["commit"][:7]
+                sittings = [saved["versions"], *saved.get("resumed", [])]
+                curve["preset"] = saved["preset"]
+                curve["commits"] = {sitting["commit"][:7] for sitting in sittings}
                 groups.setdefault(saved["run"]["env"], []).append(curve)
     return groups
 
 
 def curves(groups, stem):
-    """One panel per task: every seed thin, the median thick, the paper's value dashed."""
+    """One panel per task: every seed thin, each preset's median thick, the paper's value dashed."""
     plt = pyplot()
     tasks = [task for task in (*PAPER, "PointMaze") if task in groups]
     figure, axes = plt.subplots(
@@ -65,31 +68,27 @@ def curves(groups, stem):
     )
     for axis, task in zip(axes[0], tasks, strict=True):
         name = "return" if task == "AntGather" else "success_rate"
-        runs = groups[task]
-        for run in runs:
-            axis.plot(run["step"] / 1e6, run[name], color=BLUE, lw=0.9, alpha=0.6)
-        # the median at a step is over the seeds that got that far
-        steps = np.unique(np.concatenate([run["step"] for run in runs]))
-        median = [
-            np.median([r[name][r["step"] == s][0] for r in runs if s in r["step"]]) for s in steps
-        ]
-        axis.plot(steps / 1e6, median, color=BLUE, lw=2.4)
+        notes = {}
+        for preset, colour in PRESETS.items():
+            runs = [run for run in groups[task] if run["preset"] == preset]
+            if runs:
+                notes[preset] = seeds(axis, runs, name, colour)
         if task in PAPER:
             axis.axhline(PAPER[task], color=GREY, ls="--", lw=1.2)
             place = dict(transform=axis.get_yaxis_transform(), va="top", fontsize=8, color=GREY)
             label = f"paper's best {PAPER[task]}"  # Table 1: the best policy within 10M steps
             axis.text(0.01, PAPER[task] - 0.015, label, **place)
         if name == "success_rate":
-            solved = sum(run[name][-1] >= 0.9 for run in runs)
-            note = f"{solved} of {len(runs)} seeds ≥ 90 % at the end"
             axis.set_ylim(-0.03, 1.03)
-        else:
-            note = f"{len(runs)} seeds"
-        commits = ", ".join(sorted({run["commit"] for run in runs}))
+        commits = ", ".join(sorted(set.union(*(run["commits"] for run in groups[task]))))
         place = dict(transform=axis.transAxes, ha="right", fontsize=7, color=GREY)
-        axis.text(1, 1.03, f"commit {commits}", **place)
+        axis.text(1, 1.14, f"commit {commits}", **place)
         axis.set_title(f"{task}\n", loc="left", fontsize=11, fontweight="bold")
-        axis.text(0, 1.03, note, transform=axis.transAxes, fontsize=9, color="#444444")
+        if "td3" in notes:
+            axis.text(0, 1.03, notes["td3"], transform=axis.transAxes, fontsize=9, color="#444444")
+        if "paper" in notes:
+            place = dict(transform=axis.transAxes, ha="right", fontsize=8, color=PRESETS["paper"])
+            axis.text(0.99, 0.06, f"preset paper: {notes['paper']}", **place)
         axis.set_xlabel("million environment steps")
         axis.set_ylabel(name.replace("_", " "))
         axis.spines[["top", "right"]].set_visible(False)
@@ -98,6 +97,22 @@ def curves(groups, stem):
         undated = {"Date": None} if suffix == ".svg" else None  # the same data, the same file
         figure.savefig(f"{stem}{suffix}", dpi=150, metadata=undated)
     plt.close(figure)
+
+
+def seeds(axis, runs, name, colour):
+    """Draw column `name` of the runs of one preset; returns a line about their ends."""
+    for run in runs:
+        axis.plot(run["step"] / 1e6, run[name], color=colour, lw=0.9, alpha=0.6)
+    # the median at a step is over the seeds that got that far
+    steps = np.unique(np.concatenate([run["step"] for run in runs]))
+    median = [
+        np.median([r[name][r["step"] == s][0] for r in runs if s in r["step"]]) for s in steps
+    ]
+    axis.plot(steps / 1e6, median, color=colour, lw=2.4)
+    if name == "return":
+        return f"{len(runs)} seeds"
+    solved = sum(run[name][-1] >= 0.9 for run in runs)
+    return f"{solved} of {len(runs)} seeds ≥ .9 at the end"
 
 
 class Trace:
