@@ -88,6 +88,7 @@ def curves(groups, stem):
             axis.text(0, 1.03, notes["td3"], transform=axis.transAxes, fontsize=9, color="#444444")
         if "paper" in notes:
             place = dict(transform=axis.transAxes, ha="right", fontsize=8, color=PRESETS["paper"])
+            place |= dict(bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1))
             axis.text(0.99, 0.06, f"preset paper: {notes['paper']}", **place)
         axis.set_xlabel("million environment steps")
         axis.set_ylabel(name.replace("_", " "))
