@@ -72,7 +72,7 @@ def curves(groups, stem):
         for preset, colour in PRESETS.items():
             runs = [run for run in groups[task] if run["preset"] == preset]
             if runs:
-                notes[preset] = seeds(axis, runs, name, colour)
+                notes[preset] = draw_seeds(axis, runs, name, colour)
         if task in PAPER:
             axis.axhline(PAPER[task], color=GREY, ls="--", lw=1.2)
             place = dict(transform=axis.get_yaxis_transform(), va="top", fontsize=8, color=GREY)
@@ -88,8 +88,8 @@ def curves(groups, stem):
             axis.text(0, 1.03, notes["td3"], transform=axis.transAxes, fontsize=9, color="#444444")
         if "paper" in notes:
             place = dict(transform=axis.transAxes, ha="right", fontsize=8, color=PRESETS["paper"])
-            place |= dict(bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1))
-            axis.text(0.99, 0.06, f"preset paper: {notes['paper']}", **place)
+            behind = dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1)
+            axis.text(0.99, 0.06, f"preset paper: {notes['paper']}", bbox=behind, **place)
         axis.set_xlabel("million environment steps")
         axis.set_ylabel(name.replace("_", " "))
         axis.spines[["top", "right"]].set_visible(False)
@@ -100,8 +100,8 @@ def curves(groups, stem):
     plt.close(figure)
 
 
-def seeds(axis, runs, name, colour):
-    """Draw column `name` of the runs of one preset; returns a line about their ends."""
+def draw_seeds(axis, runs, name, colour):
+    """Draw column `name` of the runs of one preset; returns how they end, in words."""
     for run in runs:
         axis.plot(run["step"] / 1e6, run[name], color=colour, lw=0.9, alpha=0.6)
     # the median at a step is over the seeds that got that far
