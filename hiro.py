@@ -70,11 +70,7 @@ class HIROConfig:
     # Differs 7: errors of Q within the quadratic part of the Huber loss
     low_reward_scale: float = option(0.1, "factor on the intrinsic reward (C.2: 1)")
     high_reward_scale: float = option(0.01, "factor on the environment's reward (C.2: .1)")
-    # Differs 5 and 6: a future without surprises, and half of the past seen with other subgoals
-    carry_subgoal: bool = option(
-        True,
-        "at a segment's end the low level's g_{t+1} is still h(s, g, s'), not the fresh subgoal",
-    )
+    # Differs 6: half of the past seen with other subgoals
     low_relabel: float = option(0.5, "share of low-level samples with another one's subgoal (5.2)")
     # Differs 10: in the end a low level that walks, and does not forget how
     rest_step: int = option(
@@ -117,7 +113,6 @@ class HIROConfig:
 PRESETS = {
     "td3": {},
     "paper": dict(
-        carry_subgoal=False,
         low_relabel=0.0,
         rest_step=0,
         high_relabel=1.0,
@@ -148,33 +143,23 @@ class Hierarchy:
         self.agent = agent
         self.subgoal = torch.zeros(num_envs, len(agent.subgoal_scale), device=agent.device)
         self.clock = torch.zeros(num_envs, dtype=torch.long, device=agent.device)  # in the segment
-        self.starting = torch.ones(num_envs, dtype=torch.bool, device=agent.device)
 
     def act(self, obs, explore):
-        """Low-level actions [N, A]; at the start of an episode the high level acts first."""
-        if self.starting.any():  # Differs 11: no first step with subgoal 0
+        """Low-level actions [N, A]; at the start of a segment the high level acts first."""
+        start = self.clock == 0  # Differs 11: an episode's first step included
+        if start.any():
             fresh = self.agent.high_action(obs, explore)
-            self.subgoal = torch.where(self.starting[:, None], fresh, self.subgoal)
-            self.starting = torch.zeros_like(self.starting)
+            self.subgoal = torch.where(start[:, None], fresh, self.subgoal)
         return self.agent.low_action(obs, self.subgoal, explore)
 
-    def advance(self, obs, next_obs, done, explore):
-        """The next subgoals g_{t+1} [N, d]: h within a segment, a fresh one every c steps.
-
-        This runs after the step and before anything is stored, so that the g_{t+1} to store is
-        known.
-        """
-        self.clock = (self.clock + 1) % self.agent.config.subgoal_steps
+    def advance(self, obs, next_obs, done):
+        """The subgoals carried over to next_obs by h [N, d]."""
         self.subgoal = goal_transition(obs, self.subgoal, next_obs)
-        boundary = self.clock == 0
-        if boundary.any():
-            fresh = self.agent.high_action(next_obs, explore)
-            self.subgoal = torch.where(boundary[:, None], fresh, self.subgoal)
-        self.clock = self.clock.masked_fill(done, 0)
-        self.starting = done.clone()  # a new episode must not inherit the old one's subgoal
+        self.clock = (self.clock + 1) % self.agent.config.subgoal_steps
+        self.clock = self.clock.masked_fill(done, 0)  # a new episode asks for a subgoal of its own
         return self.subgoal
 
-    PARTS = ("subgoal", "clock", "starting")
+    PARTS = ("subgoal", "clock")
 
     def state_dict(self):
         return {name: getattr(self, name).clone() for name in self.PARTS}
@@ -360,9 +345,7 @@ class HIRO:
         segment["subgoal"] = torch.where(first[:, None], subgoal, segment["subgoal"])
         segment["reward"] = torch.where(first, reward, segment["reward"] + reward)
 
-        next_subgoal = self.hierarchy.advance(obs, next_obs, done, explore=True)
-        if self.config.carry_subgoal:  # Differs 5: a future without the high level's surprises
-            next_subgoal = goal_transition(state, subgoal, next_state)
+        next_subgoal = self.hierarchy.advance(obs, next_obs, done)
         self.low_buffer.add(
             state=state,
             subgoal=subgoal,

@@ -488,11 +488,10 @@ def clock_task(monkeypatch):
 
 
 @pytest.mark.parametrize("c", [5, 6], ids=["c_divides_the_episode", "c_does_not"])
-@pytest.mark.parametrize("carry", [False, True], ids=["authors", "carried_on"])
 @pytest.mark.parametrize("random", [False, True], ids=["policies", "uniform_start"])
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_both_buffers_hold_exactly_the_expected_tuples__3_1(
-    clock_task, tmp_path, num_envs, random, carry, c
+    clock_task, tmp_path, num_envs, random, c
 ):
     ClockTask.logs = []
     config = small(
@@ -502,7 +501,6 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(
         high_uniform_steps=70 * random,
         low_reward_scale=0.5,
         high_reward_scale=0.1,
-        carry_subgoal=carry,
     )
     run = train.RunConfig(
         env="Clock", total_steps=70 * num_envs, num_envs=num_envs, eval_episodes=1
@@ -527,15 +525,11 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(
             assert row["terminated"] == terminated
             miss = obs[:2] + row["subgoal"].numpy() - next_obs[:2]
             assert math.isclose(row["reward"], -0.5 * np.linalg.norm(miss), rel_tol=1e-5)
-            if time > 0 and not (carry and time % c == 0):  # the stored g_{t+1} is the one used
+            if time % c:  # between two decisions of the high level the stored g_{t+1} is used
                 assert torch.equal(row["subgoal"], subgoals[i])
             else:
                 assert subgoals.get(i) is None or not torch.equal(row["subgoal"], subgoals[i])
-            if (time + 1) % c or carry:  # h between two decisions of the high level
-                torch.testing.assert_close(row["next_subgoal"], torch.from_numpy(miss))
-            else:  # a fresh, explored subgoal at a boundary, the episode's last one included
-                assert (row["next_subgoal"].abs() <= agent.subgoal_scale).all()
-                assert not torch.allclose(row["next_subgoal"], torch.from_numpy(miss))
+            torch.testing.assert_close(row["next_subgoal"], torch.from_numpy(miss))  # h
             subgoals[i] = row["next_subgoal"]
 
             if time % c == 0:
@@ -802,8 +796,7 @@ def test_evaluation_asks_the_high_level_every_c_steps_without_noise__C_4(tmp_pat
 
     agent.high_action = counting
     train.evaluate(agent, train.make_envs(run, 2, evaluate=True), 2, seed=0)
-    # at t = 0, 10, ..., 290, and at 300 for the subgoal behind the last step
-    assert calls == [False] * 31
+    assert calls == [False] * 30  # at t = 0, 10, ..., 290
 
 
 def test_gradient_steps_follow_environment_steps__C_2(tmp_path):
@@ -1423,7 +1416,6 @@ def test_paper_preset_is_appendix_C_and_the_authors_code():
     expected = {
         "units": "raw",
         "subgoal_steps": 10,
-        "carry_subgoal": False,
         "low_relabel": 0.0,
         "rest_step": 0,
         "rest_reach": 0.4,

@@ -125,7 +125,7 @@ def play(agent, envs, seed, watch=None):
                 results[i]["success_rate"] = float(info["is_success"][i])
                 results[i]["distance"] = float(info["distance"][i])
         after = agent.tensor(next_obs), agent.tensor(done, torch.bool)
-        hierarchy.advance(agent.tensor(obs), *after, explore=False)
+        hierarchy.advance(agent.tensor(obs), *after)
         obs = reset_done(envs, next_obs, done)
     return results
 
