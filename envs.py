@@ -40,7 +40,7 @@ class AntMaze(gymnasium.Env):
     info               is_success (distance < 5 m), distance (m), simulator_warnings (this step)
 
     Maze drawings: # wall, . free, R start, B block that slides in x and y, Z block that slides in
-    y and falls in z, ~ chasm. Columns run along +x, rows along +y, downwards on the page.
+    y and falls in z, ~ chasm. Columns run along +x, rows along +y (pictures show +y upwards).
     """
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": 10}
@@ -69,7 +69,7 @@ class AntMaze(gymnasium.Env):
     max_steps = 500
     frame_skip = 5
 
-    def __init__(self, evaluate=False, render_mode=None, width=480, height=480):
+    def __init__(self, evaluate=False, render_mode=None, width=640, height=640):
         self.model = self._build().compile()
         self.data = mujoco.MjData(self.model)
         self.num_qpos = self.state_dim // 2  # the robot's own coordinates come first,
@@ -246,23 +246,64 @@ class AntMaze(gymnasium.Env):
             gymnasium.logger.warn("render() needs an environment made with a render_mode.")
             return None
         if self.renderer is None:
-            if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-                os.environ.setdefault("MUJOCO_GL", "egl")  # off-screen, on a machine with no screen
-            from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
-
-            centre = np.array([*np.mean(self.walls, axis=0), 0.0]) if self.walls else np.zeros(3)
-            extent = np.ptp(self.walls, axis=0).max() + CELL if self.walls else 24.0
-            camera = {"lookat": centre, "distance": 1.3 * extent, "elevation": -65, "azimuth": 90}
-            size = self.width, self.height
-            self.renderer = MujocoRenderer(self.model, self.data, camera, *size)
+            self.renderer = self._make_renderer()
         viewer = self.renderer._get_viewer(self.render_mode)
-        for marker in self._task_markers() + self.markers:
+        viewer.make_context_current()  # another environment may have drawn since
+        for marker in self.task_markers() + self.markers:
             viewer.add_marker(**marker)
         return self.renderer.render(self.render_mode)
 
-    def _task_markers(self):
-        height = self.target[2] if len(self.target) == 3 else 0.5
-        return [sphere((*self.target[:2], height), 0.7, (0.2, 0.8, 0.3, 0.6))]
+    def _make_renderer(self):
+        """gymnasium's, which sees the whole maze: +x is to the right, +y upwards."""
+        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            os.environ.setdefault("MUJOCO_GL", "egl")  # off-screen, on a machine with no screen
+        from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+
+        self._paint()
+        self.model.vis.global_.offwidth, self.model.vis.global_.offheight = self.width, self.height
+        edges = self.walls or [(-13, -13), (13, 13)]
+        low, high = np.min(edges, axis=0), np.max(edges, axis=0)
+        distance = 1.3 * (high - low).max() * max(1, self.height / self.width)
+        centre = np.array([*(low + high) / 2, 0.0])
+        camera = {"lookat": centre, "distance": distance, "elevation": -75, "azimuth": 90}
+        renderer = MujocoRenderer(self.model, self.data, camera, self.width, self.height)
+        if self.render_mode == "human":
+            end_with_window(renderer._get_viewer("human"))
+        return renderer
+
+    def _paint(self):
+        """Light and colours in which robot, floor, walls, blocks and markers can be told apart."""
+        model, light = self.model, np.array([0.3, -0.3, -0.9])
+        model.vis.headlight.ambient, model.vis.headlight.diffuse = 0.35, 0.25
+        model.vis.headlight.specular = 0
+        model.light_type, model.light_dir = mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, light
+        model.light_diffuse, model.light_specular, model.light_castshadow = 0.45, 0, False
+        floor = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE
+        model.geom_matid[floor] = -1  # without the asset's chequers
+        model.geom_rgba[floor] = (0.23, 0.25, 0.28, 1) if self.chasm else (0.93, 0.93, 0.9, 1)
+        robot = model.body_rootid[model.geom_bodyid] == model.body("torso").id
+        model.geom_rgba[robot] = (0.9, 0.5, 0.1, 1)
+
+    def task_markers(self):
+        """Keyword arguments of visual-only geoms that show what the task is about."""
+        return [self.ball(self.target[:2], 0.7, (0.2, 0.75, 0.3, 0.7), "target")]
+
+    def ball(self, place, radius, rgba, label):
+        """A marker for the next rendered frame, on top of a wall or block where one stands.
+
+        place   x, y, m
+        label   what a film's legend calls it
+        """
+        solid = [*self.walls, *self.block_places]
+        inside = any(np.abs(np.subtract(place, centre)).max() < CELL / 2 for centre in solid)
+        z = WALL * (inside + bool(self.chasm)) + radius
+        return {
+            "type": mujoco.mjtGeom.mjGEOM_SPHERE,
+            "pos": np.array([*place, z], np.float64),
+            "size": np.full(3, radius),
+            "rgba": np.array(rgba),
+            "label": label,
+        }
 
     def close(self):
         if self.renderer is not None:
@@ -360,10 +401,10 @@ class AntGather(AntMaze):
                 readings[kind, min(sector[i], self.bins - 1)] = 1 - distance[i] / self.reach
         return np.concatenate([self._state(), readings.ravel()]).astype(np.float32)
 
-    def _task_markers(self):
-        green, red = (0.2, 0.8, 0.3, 1), (0.85, 0.2, 0.2, 1)
+    def task_markers(self):
+        kinds = {1: ((0.2, 0.75, 0.3, 1), "apple"), -1: ((0.8, 0.15, 0.2, 1), "bomb")}
         pairs = zip(self.objects, self.values, strict=True)
-        return [sphere((*place, 0.5), 0.5, green if value > 0 else red) for place, value in pairs]
+        return [self.ball(place, 0.5, *kinds[value]) for place, value in pairs]
 
     def get_state(self):
         objects = {"objects": self.objects.tolist(), "values": self.values.tolist()}
@@ -417,14 +458,24 @@ def add_box(body, pos, half=CELL / 2, **geom):
     )
 
 
-def sphere(pos, radius, rgba):
-    """A visual-only ball for a rendered frame."""
-    return {
-        "type": mujoco.mjtGeom.mjGEOM_SPHERE,
-        "pos": np.array(pos, np.float64),
-        "size": np.full(3, radius),
-        "rgba": np.array(rgba),
-    }
+class WindowClosed(Exception):
+    """Someone closed the window of an environment, or pressed Esc in it."""
+
+
+def end_with_window(viewer):
+    """Raise WindowClosed out of render(): gymnasium destroys the window, and goes on using it."""
+    import glfw
+
+    def close(*_):
+        raise WindowClosed("the window was closed")
+
+    def press(window, key, *rest):
+        if key == glfw.KEY_ESCAPE:
+            close()
+        viewer._key_callback(window, key, *rest)
+
+    glfw.set_window_close_callback(viewer.window, close)
+    glfw.set_key_callback(viewer.window, press)
 
 
 TASKS = {task.__name__: task for task in (AntMaze, AntPush, AntFall, AntGather, PointMaze)}

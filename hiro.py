@@ -1,7 +1,8 @@
 """HIRO: hierarchical reinforcement learning with off-policy correction (Nachum et al. 2018).
 
 The high level says every c steps by how much the state should change (the subgoal); the low level
-is rewarded for getting there. Both learn with TD3, from replay buffers of their own.
+is rewarded for getting there. Both learn with TD3, from replay buffers of their own. Who calls
+whom, step by step, is the loop in train.py.
 """
 
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,9 @@ import torch
 
 from buffers import ReplayBuffer
 from relabel import relabel
-from td3 import TD3
+from td3 import TD3, Actor
+
+# ---------------------------------------------------------------------- 3.2: subgoals
 
 
 def goal_transition(state, subgoal, next_state):
@@ -34,67 +37,75 @@ def intrinsic_reward(state, subgoal, next_state):
     return -((goal_transition(state, subgoal, next_state) ** 2).sum(-1) ** 0.5)
 
 
-def option(default, meaning):
-    """A hyperparameter and its line of --help."""
-    return field(default=default, metadata={"help": meaning})
+# ---------------------------------------------------------------------- hyperparameters
+
+
+def option(default, meaning, least=0, most=float("inf")):
+    """A setting, its line of --help, and the smallest and largest value that make sense."""
+    return field(default=default, metadata={"help": meaning, "least": least, "most": most})
+
+
+TINY = 1e-12  # the least of what must be positive
 
 
 @dataclass
 class HIROConfig:
-    """Hyperparameters of the agent. Defaults are --preset td3; PRESETS["paper"] is appendix C.
+    """Hyperparameters of the agent. PRESETS["paper"] is appendix C, and --help shows both.
 
     A noise scale is a fraction of the half-range where units is "range", and in torque, metres
     and radians (m/s for the point) where units is "raw".
     """
 
     units: str = option("range", "what networks see and noise is measured in: range or raw")
-    subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)")
+    subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)", 1)
     # Differs 5 and 8: shorter horizons, faster targets for the high level
-    low_discount: float = option(0.98, "gamma, per step (C.2: .99)")
-    high_discount: float = option(0.98, "gamma, per c steps (C.2: .99)")
-    low_tau: float = option(0.005, "tau: how far targets move at a delayed update (C.2)")
-    high_tau: float = option(0.05, "tau: how far targets move at a delayed update (C.2: .005)")
-    batch_size: int = option(100, "transitions per gradient step, both levels")
-    hidden: int = option(300, "units in each of the two hidden layers (C.1)")
+    low_discount: float = option(0.98, "gamma, per step (C.2)", most=1)
+    high_discount: float = option(0.98, "gamma, per c steps (C.2)", most=1)
+    low_tau: float = option(0.005, "how far targets move at a delayed update (C.2)", TINY, 1)
+    high_tau: float = option(0.05, "how far targets move at a delayed update (C.2)", TINY, 1)
+    batch_size: int = option(100, "transitions per gradient step, both levels", 1)
+    hidden: int = option(300, "units in each of the two hidden layers (C.1)", 1)
     # Differs 2: all noise in fractions of the range
     low_noise: float = option(0.2, "sigma: exploration of the low level (C.2)")
     high_noise: float = option(0.2, "sigma: exploration of the high level (C.2)")
     policy_noise: float = option(0.2, "std of the target policy smoothing, both levels")
     noise_clip: float = option(0.5, "clip of the target policy smoothing, both levels")
-    policy_delay: int = option(2, "critic updates per update of actor and targets")
+    policy_delay: int = option(2, "critic updates per update of actor and targets", 1)
     # Differs 4 and 8: step sizes
-    low_actor_lr: float = option(3e-4, "Adam step size (C.2)")
-    low_critic_lr: float = option(3e-4, "Adam step size (C.2)")
-    high_actor_lr: float = option(1e-3, "Adam step size (C.2)")
-    high_critic_lr: float = option(3e-3, "Adam step size (C.2)")
+    low_actor_lr: float = option(3e-4, "Adam step size (C.2)", TINY)
+    low_critic_lr: float = option(3e-4, "Adam step size (C.2)", TINY)
+    high_actor_lr: float = option(1e-3, "Adam step size (C.2)", TINY)
+    high_critic_lr: float = option(3e-3, "Adam step size (C.2)", TINY)
     # Differs 7: errors of Q within the quadratic part of the Huber loss
-    low_reward_scale: float = option(0.1, "factor on the intrinsic reward (C.2: 1)")
-    high_reward_scale: float = option(0.01, "factor on the environment's reward (C.2: .1)")
+    low_reward_scale: float = option(0.1, "factor on the intrinsic reward (C.2)")
+    high_reward_scale: float = option(0.01, "factor on the environment's reward (C.2)")
     # Differs 6: half of the past seen with other subgoals
-    low_relabel: float = option(0.5, "share of low-level samples with another one's subgoal (5.2)")
+    low_relabel: float = option(
+        0.5, "share of low samples with another one's subgoal (5.2)", most=1
+    )
     # Differs 10: in the end a low level that walks, and does not forget how
     rest_step: int = option(
         None, "environment step up to which the low level learns; 0: no end (default: the task's)"
     )
     rest_reach: float = option(
-        0.4, "from then on: how far subgoals reach along x and y, as a share of their range"
+        0.4, "from then on: how far subgoals reach along x and y, share of their range", TINY, 1
     )
-    low_buffer_size: int = option(200_000, "low-level transitions kept (C.2)")
-    high_buffer_size: int = option(200_000, "high-level transitions kept (C.2)")
+    low_buffer_size: int = option(200_000, "low-level transitions kept (C.2)", 1)
+    high_buffer_size: int = option(200_000, "high-level transitions kept (C.2)", 1)
     # Differs 3: a uniformly random start
     start_steps: int = option(10_000, "environment steps before the first update")
     low_uniform_steps: int = option(10_000, "environment steps with uniformly random actions")
     high_uniform_steps: int = option(
         None, "environment steps with uniformly random subgoals (default: the task's)"
     )
-    high_random: float = option(0.2, "share of subgoals that stay uniformly random after that")
+    high_random: float = option(0.2, "share of subgoals that stay uniformly random", most=1)
     update_every: int = option(
-        1, "environment steps per low-level update (C.2); high: c times that"
+        1, "environment steps per low-level update (C.2); high: c times that", 1
     )
     correction: bool = option(True, "relabel subgoals, the off-policy correction (3.3)")
     # Differs 9: the critic goes on seeing the subgoals that its actor asks for
-    high_relabel: float = option(0.5, "share of high-level samples that the correction sees (3.3)")
-    num_candidates: int = option(10, "candidates per relabelled subgoal, 2 fixed + random (C.3)")
+    high_relabel: float = option(0.5, "share of high samples that are corrected (3.3)", TINY, 1)
+    num_candidates: int = option(10, "candidates per relabelled subgoal, 2 fixed + random (C.3)", 2)
     candidate_center: float = option(1.0, "random candidates' mean, in units of s_{t+c} - s_t")
     candidate_spread: float = option(0.5, "random candidates' std, in half-ranges (C.3)")
 
@@ -111,7 +122,7 @@ class HIROConfig:
 
 
 PRESETS = {
-    "td3": {},
+    "default": {},
     "paper": dict(
         low_relabel=0.0,
         rest_step=0,
@@ -136,37 +147,86 @@ PRESETS = {
 }
 
 
-class Hierarchy:
-    """Both policies acting in N environments at once (section 3.1): who wants what, since when."""
+# ---------------------------------------------------------------------- 3.1: acting
 
-    def __init__(self, agent, num_envs):
-        self.agent = agent
-        self.subgoal = torch.zeros(num_envs, len(agent.subgoal_scale), device=agent.device)
-        self.clock = torch.zeros(num_envs, dtype=torch.long, device=agent.device)  # in the segment
 
-    def act(self, obs, explore):
-        """Low-level actions [N, A]; at the start of a segment the high level acts first."""
-        start = self.clock == 0  # Differs 11: an episode's first step included
-        if start.any():
-            fresh = self.agent.high_action(obs, explore)
-            self.subgoal = torch.where(start[:, None], fresh, self.subgoal)
-        return self.agent.low_action(obs, self.subgoal, explore)
+class Policy:
+    """Both actors, acting without noise in one environment or in N at once (section 3.1).
 
-    def advance(self, obs, next_obs, done):
-        """The subgoals carried over to next_obs by h [N, d]."""
-        self.subgoal = goal_transition(obs, self.subgoal, next_obs)
-        self.clock = (self.clock + 1) % self.agent.config.subgoal_steps
-        self.clock = self.clock.masked_fill(done, 0)  # a new episode asks for a subgoal of its own
-        return self.subgoal
+        policy = Policy.load("policy.pt")
+        policy.reset()                # before an episode
+        action = policy.act(obs)      # at every step: obs [obs] -> [A], or [N, obs] -> [N, A]
 
-    PARTS = ("subgoal", "clock")
+    subgoal_steps  c
+    state_dim      entries of the state at the front of an observation
+    low_blind      how many of them, at the front, the low level never sees (x and y)
+    """
+
+    def __init__(self, low, high, subgoal_steps, state_dim, low_blind):
+        self.low, self.high = low, high  # actors; td3 may train them meanwhile
+        self.subgoal_steps, self.state_dim, self.low_blind = subgoal_steps, state_dim, low_blind
+        self.reset()
+
+    def low_input(self, state, subgoal):
+        """What the low level sees: the state without x and y, and the subgoal (authors' code)."""
+        return torch.cat([state[..., self.low_blind : self.state_dim], subgoal], -1)
+
+    def low_action(self, state, subgoal):
+        """mu^lo(s, g): the callable that relabelling takes; any leading dimensions."""
+        return self.low(self.low_input(state, subgoal))
+
+    def reset(self, done=None):
+        """Forget the subgoal, of all environments or of those that are done [N]."""
+        if done is None:
+            self.clock = self.subgoal = self.obs = None
+        else:
+            done = torch.as_tensor(done, device=self.clock.device)
+            self.clock = self.clock.masked_fill(done, 0)
+
+    @torch.no_grad()
+    def act(self, obs):
+        """Actions for observations, as an array; self.subgoal is what they aim at."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.high.max_action.device)
+        if self.clock is None:
+            self.clock = torch.zeros(obs.shape[:-1], dtype=torch.long, device=obs.device)
+            self.obs, self.subgoal = obs, torch.zeros_like(self.high(obs))
+        self.subgoal = goal_transition(self.obs, self.subgoal, obs)
+        fresh = self.clock == 0  # Differs 11: an episode's first step included
+        if fresh.any():
+            self.subgoal = torch.where(fresh[..., None], self.high(obs), self.subgoal)
+        self.obs, self.clock = obs, (self.clock + 1) % self.subgoal_steps
+        return self.low_action(obs, self.subgoal).cpu().numpy()
 
     def state_dict(self):
-        return {name: getattr(self, name).clone() for name in self.PARTS}
+        """All that load_state_dict and from_state_dict need, cut loose from the training."""
+        weights = {"low": self.low.state_dict(), "high": self.high.state_dict()}
+        weights = {
+            level: {name: part.clone() for name, part in parts.items()}
+            for level, parts in weights.items()
+        }
+        return {**weights, **{name: getattr(self, name) for name in self.NUMBERS}}
 
-    def load_state_dict(self, state):
-        for name in self.PARTS:
-            setattr(self, name, state[name].to(self.agent.device))
+    NUMBERS = ("subgoal_steps", "state_dim", "low_blind")
+
+    @classmethod
+    def from_state_dict(cls, state, device="cpu"):
+        actors = []
+        for level in ("low", "high"):
+            weights = state[level]
+            hidden = len(weights["net.0.bias"])
+            actor = Actor(weights["max_action"], weights["state_scale"], hidden).to(device)
+            actor.load_state_dict(weights)
+            actors.append(actor)
+        return cls(*actors, *(state[name] for name in cls.NUMBERS))
+
+    @classmethod
+    def load(cls, path, which="latest"):
+        """A policy that train.py saved; which: latest or best."""
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return cls.from_state_dict(saved[which]["policy"])
+
+
+# ---------------------------------------------------------------------- the agent that learns
 
 
 def has_bfloat16(device):
@@ -177,13 +237,11 @@ def has_bfloat16(device):
 
 
 class HIRO:
-    """The agent: two TD3 learners, their buffers, and the hierarchy that acts.
+    """The agent: two TD3 learners, the policy that their actors make, and what they remember.
 
     task      anything with the class attributes listed in envs.py
     num_envs  N, environments stepped together
     seed      of networks, exploration and sampling
-
-    Observations, actions, rewards and flags come and go as arrays with a leading axis N.
     """
 
     def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
@@ -191,23 +249,22 @@ class HIRO:
         self.device = torch.device(device)
         self.bfloat16 = has_bfloat16(self.device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.state_dim, self.low_blind = task.state_dim, task.low_blind
         self.subgoal_scale = torch.tensor(task.subgoal_scale, device=self.device)
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self._make_learners(task)
+        actors = self.low.actor, self.high.actor
+        self.policy = Policy(*actors, self.config.subgoal_steps, task.state_dim, task.low_blind)
         self._make_buffers(task, num_envs)
-        self.steps = 0  # environment steps observed
-        self.hierarchy = Hierarchy(self, num_envs)
+        self.steps = 0  # environment steps so far, of all N together
 
     def _make_learners(self, task):
         """Two TD3s, and how far each explores, in the units that its networks see."""
         config = self.config
         observation_scale = torch.tensor(task.observation_scale)
         subgoal_scale = torch.tensor(task.subgoal_scale)
-        low_scale = torch.cat(
-            [observation_scale[self.low_blind : self.state_dim], 1 / subgoal_scale]
-        )
+        seen = slice(task.low_blind, task.state_dim)
+        low_scale = torch.cat([observation_scale[seen], 1 / subgoal_scale])
         one = torch.ones(task.action_dim)  # the half-range of actions
         if config.units == "range":  # Differs 1: networks see numbers of order one
             low_scales = dict(state_scale=low_scale, action_scale=one)
@@ -247,18 +304,18 @@ class HIRO:
         config, d, c = self.config, len(self.subgoal_scale), self.config.subgoal_steps
         kwargs = dict(device=self.device, generator=self.generator)
         low_fields = {
-            "state": (self.state_dim,),
+            "state": (task.state_dim,),
             "subgoal": (d,),
             "action": (task.action_dim,),
             "reward": (),
-            "next_state": (self.state_dim,),
+            "next_state": (task.state_dim,),
             "next_subgoal": (d,),
             "terminated": (),
         }
         high_fields = {
             "state": (len(task.observation_scale),),  # what the high level saw, target included
             "subgoal": (d,),
-            "states": (c, self.state_dim),  # s_t ... s_{t+c-1}, for the relabelling
+            "states": (c, task.state_dim),  # s_t ... s_{t+c-1}, for the relabelling
             "actions": (c, task.action_dim),
             "mask": (c,),  # 1 for steps that happened
             "reward": (),
@@ -272,38 +329,28 @@ class HIRO:
             for name in ("state", "subgoal", "states", "actions", "reward")
         }
 
-    # ------------------------------------------------------------------ acting
-
-    def low_input(self, state, subgoal):
-        """What the low level sees: the state without x and y, and the subgoal (authors' code)."""
-        return torch.cat([state[..., self.low_blind : self.state_dim], subgoal], -1)
-
-    def low_policy(self, state, subgoal):
-        """mu^lo(s, g), the callable that relabelling takes."""
-        return self.low.actor(self.low_input(state, subgoal))
+    # ------------------------------------------------------------------ acting, to explore
 
     @torch.no_grad()
-    def low_action(self, obs, subgoal, explore):
-        """a_t [N, A] = mu^lo(s_t, g_t), exploring: with noise, clipped; uniform at first."""
-        if explore and self.steps < self.config.low_uniform_steps:
-            return self._uniform(len(obs), self.low.max_action)
-        return self._explore(self.low_policy(obs, subgoal), self.low, self.low_noise, explore)
-
-    @torch.no_grad()
-    def high_action(self, obs, explore):
-        """g_t [N, d] = mu^hi(s_t, target), exploring: with noise, clipped; uniform at first."""
-        if explore and self.steps < self.config.high_uniform_steps:
+    def high_action(self, obs):
+        """g_t [N, d] = mu^hi(s_t, target) with noise, clipped; uniform at first."""
+        if self.steps < self.config.high_uniform_steps:
             return self._uniform(len(obs), self.high.max_action)
-        subgoal = self._explore(self.high.act(obs), self.high, self.high_noise, explore)
-        if explore and self.config.high_random:
+        subgoal = self._explore(self.high.actor(obs), self.high, self.high_noise)
+        if self.config.high_random:
             chance = torch.rand(len(obs), 1, generator=self.generator, device=self.device)
             uniform = self._uniform(len(obs), self.high.max_action)
             subgoal = torch.where(chance < self.config.high_random, uniform, subgoal)
         return subgoal
 
-    def _explore(self, action, level, noise, explore):
-        if not explore:
-            return action
+    @torch.no_grad()
+    def low_action(self, obs, subgoal):
+        """a_t [N, A] = mu^lo(s_t, g_t) with noise, clipped; uniform at first."""
+        if self.steps < self.config.low_uniform_steps:
+            return self._uniform(len(obs), self.low.max_action)
+        return self._explore(self.policy.low_action(obs, subgoal), self.low, self.low_noise)
+
+    def _explore(self, action, level, noise):
         white = torch.randn(action.shape, generator=self.generator, device=self.device)
         return (action + noise * white).clamp(-level.max_action, level.max_action)
 
@@ -312,50 +359,37 @@ class HIRO:
         uniform = torch.rand(shape, generator=self.generator, device=self.device)
         return half_range * (2 * uniform - 1)
 
-    def tensor(self, array, dtype=torch.float32):
-        return torch.as_tensor(array, dtype=dtype, device=self.device)
+    # ------------------------------------------------------------------ 3.1: remembering
 
-    def act(self, obs, explore=True):
-        """Actions [N, A] in [-1, 1] for observations [N, obs], as a numpy array."""
-        return self.hierarchy.act(self.tensor(obs), explore).cpu().numpy()
+    def remember_step(self, obs, subgoal, action, reward, next_obs, next_subgoal, terminated):
+        """The low level's transition (s_t, g_t, a_t, r_t, s_{t+1}, h(s_t, g_t, s_{t+1})) [N].
 
-    # ------------------------------------------------------------------ remembering
-
-    def observe(self, obs, action, reward, next_obs, terminated, truncated):
-        """Store one step of every environment in both buffers (section 3.1).
-
-        obs, next_obs [N, obs]; action [N, A]; reward, terminated, truncated [N]. next_obs is the
-        true successor, not the first observation of the next episode.
+        next_obs is the true successor, not the first observation of the next episode.
         """
-        obs, action, reward = self.tensor(obs), self.tensor(action), self.tensor(reward)
-        next_obs, terminated = self.tensor(next_obs), self.tensor(terminated)
-        done = self.tensor(truncated, torch.bool) | terminated.bool()
-        state, next_state = obs[:, : self.state_dim], next_obs[:, : self.state_dim]
-        subgoal, clock = self.hierarchy.subgoal, self.hierarchy.clock
+        s = slice(self.policy.state_dim)
+        self.low_buffer.add(
+            state=obs[:, s],
+            subgoal=subgoal,
+            action=action,
+            reward=self.config.low_reward_scale * reward,
+            next_state=next_obs[:, s],
+            next_subgoal=next_subgoal,
+            terminated=terminated,
+        )
 
-        rested = self.low_rests
-        self.steps += len(obs)
-        if self.low_rests != rested:
-            self._set_reach()
+    def remember_segment(self, clock, obs, subgoal, action, reward, next_obs, terminated, ended):
+        """The high level's transition (s_{t:t+c-1}, g_t, a_{t:t+c-1}, sum of R, s_{t+c}).
+
+        It grows by one step; where ended [N], after c steps or with the episode, it is stored.
+        clock  [N]  steps of the segment before this one
+        """
         segment, first = self.segment, clock == 0
         env = torch.arange(len(obs), device=self.device)
-        segment["states"][env, clock] = state
+        segment["states"][env, clock] = obs[:, : self.policy.state_dim]
         segment["actions"][env, clock] = action
         segment["state"] = torch.where(first[:, None], obs, segment["state"])
         segment["subgoal"] = torch.where(first[:, None], subgoal, segment["subgoal"])
         segment["reward"] = torch.where(first, reward, segment["reward"] + reward)
-
-        next_subgoal = self.hierarchy.advance(obs, next_obs, done)
-        self.low_buffer.add(
-            state=state,
-            subgoal=subgoal,
-            action=action,
-            reward=self.low_reward(state, subgoal, next_state),
-            next_state=next_state,
-            next_subgoal=next_subgoal,
-            terminated=terminated,
-        )
-        ended = self.hierarchy.clock == 0  # a full segment, or the end of the episode
         if ended.any():
             steps = torch.arange(self.config.subgoal_steps, device=self.device)
             mask = (steps <= clock[ended, None]).float()
@@ -370,32 +404,50 @@ class HIRO:
                 terminated=terminated[ended],
             )
 
-    def low_reward(self, state, subgoal, next_state):
-        """What the low level learns from: the intrinsic reward (eq. 3), scaled (C.2)."""
-        return self.config.low_reward_scale * intrinsic_reward(state, subgoal, next_state)
-
     # ------------------------------------------------------------------ learning
+
+    def turns(self, n):
+        """The numbers of the turns to learn that belong to the last n environment steps (C.2)."""
+        start, every = self.config.start_steps, self.config.update_every
+        before, now = (max(0, steps - start) // every for steps in (self.steps - n, self.steps))
+        return range(before + 1, now + 1)
+
+    @property
+    def high_learns(self):
+        """Differs 3: from when its subgoals are its own.
+
+        Before, when nothing yet follows them, its actor would run into a corner of the range for
+        good.
+        """
+        return self.steps > self.config.high_uniform_steps
 
     @property
     def low_rests(self):
         """Whether the low level learns no more (Differs 10); it goes on acting."""
         return 0 < self.config.rest_step < self.steps
 
-    def _set_reach(self):
+    def count_steps(self, n):
+        """n more environment steps have been made."""
+        rested, self.steps = self.low_rests, self.steps + n
+        if self.low_rests != rested:
+            self.set_reach()
+
+    def set_reach(self):
         """Differs 10: once the low level rests, subgoals and their noise reach less far.
 
         Told a place nearby the ant walks there; told one far away it runs, and falls more often.
         """
         share = self.config.rest_reach if self.low_rests else 1.0
         for used, full in self.high_ranges:
-            used[: self.low_blind] = share * full[: self.low_blind]  # x and y
+            used[: self.policy.low_blind] = share * full[: self.policy.low_blind]  # x and y
 
     def update_low(self):
         """One TD3 step of the low level; returns its metrics."""
         batch = self.low_buffer.sample(self.config.batch_size)
         self.swap_subgoals(batch)
-        batch["state"] = self.low_input(batch["state"], batch["subgoal"])
-        batch["next_state"] = self.low_input(batch["next_state"], batch["next_subgoal"])
+        see = self.policy.low_input
+        batch["state"] = see(batch["state"], batch["subgoal"])
+        batch["next_state"] = see(batch["next_state"], batch["next_subgoal"])
         return self.low.update(batch)
 
     def swap_subgoals(self, batch):
@@ -406,8 +458,9 @@ class HIRO:
         n = round(self.config.low_relabel * len(batch["subgoal"]))
         state, next_state = batch["state"][:n], batch["next_state"][:n]
         subgoal = batch["subgoal"].roll(1, 0)[:n]  # rows are independent: any other will do
+        reward = self.config.low_reward_scale * intrinsic_reward(state, subgoal, next_state)
         batch["subgoal"][:n] = subgoal
-        batch["reward"][:n] = self.low_reward(state, subgoal, next_state)
+        batch["reward"][:n] = reward
         batch["next_subgoal"][:n] = goal_transition(state, subgoal, next_state)
 
     def update_high(self):
@@ -427,7 +480,7 @@ class HIRO:
         # Differs 16: bfloat16 products; only the best of ten likelihoods is asked for
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return relabel(
-                self.low_policy,
+                self.policy.low_action,
                 batch["states"],
                 batch["actions"],
                 batch["subgoal"],
@@ -442,15 +495,13 @@ class HIRO:
 
     # ------------------------------------------------------------------ saving
 
-    PARTS = ("low", "high", "low_buffer", "high_buffer", "hierarchy")
+    PARTS = ("low", "high", "low_buffer", "high_buffer")
 
     def state_dict(self):
         """All that the future of training depends on, as tensors and plain numbers."""
-        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        segment = {name: part.clone() for name, part in self.segment.items()}
         return {
-            **parts,
-            "segment": segment,
+            **{name: getattr(self, name).state_dict() for name in self.PARTS},
+            "segment": {name: part.clone() for name, part in self.segment.items()},
             "generator": self.generator.get_state(),
             "steps": self.steps,
         }
@@ -462,17 +513,4 @@ class HIRO:
         self.segment = {name: part.to(self.device, copy=True) for name, part in segment}
         self.generator.set_state(state["generator"].cpu())
         self.steps = state["steps"]
-        self._set_reach()
-
-    def policy_dict(self):
-        """The two actors alone: what evaluation needs."""
-        return {
-            level: {
-                name: part.clone() for name, part in getattr(self, level).actor.state_dict().items()
-            }
-            for level in ("low", "high")
-        }
-
-    def load_policy_dict(self, policy):
-        self.low.actor.load_state_dict(policy["low"])
-        self.high.actor.load_state_dict(policy["high"])
+        self.set_reach()

@@ -150,14 +150,18 @@ class TD3:
         # Differs 12: clipped to the range, as in TD3
         action = (action + noise).clamp(-self.max_action, self.max_action)
         q1, q2 = self.critic_target(next_state, action)
-        return reward + self.discount * (1 - terminated) * torch.min(q1, q2)
+        return reward + self.discount * (1 - terminated.float()) * torch.min(q1, q2)
 
     def update(self, batch):
         """One gradient step on the critics and, every policy_delay calls, on the actor.
 
-        batch    state [B, S], action [B, A], reward [B], next_state [B, S], terminated [B] (0, 1)
+        batch    state [B, S], action [B, A], reward [B], next_state [B, S], terminated [B] (0, 1
+                 or bool); raises ValueError for a reward or flag that would broadcast
         returns  metrics: scalar tensors, still on the device
         """
+        for name in ("reward", "terminated"):
+            if batch[name].dim() != 1:
+                raise ValueError(f"{name} has shape {list(batch[name].shape)}, it must be [B]")
         self.updates += 1
         target = self.target_q(batch["reward"], batch["next_state"], batch["terminated"])
         q1, q2 = self.critic(batch["state"], batch["action"])

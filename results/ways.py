@@ -1,0 +1,87 @@
+"""Where along the way do episodes end? Shares of them that pass each place, as a table.
+
+python results/ways.py POLICY ...   policies of AntPush, PointPush or AntFall
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from harness.options import find_task, one_line_errors
+from harness.runs import POLICY, load, make_envs
+from hiro import Policy
+from train import evaluate
+
+EPISODES = 50
+
+
+def push(x, y, z, block):
+    """Push's way: left, up beside the block, right, up through the gap. Arrays over time."""
+    aside = block[:, 0] > 4
+    first = aside.argmax() if aside.any() else len(x)
+    return {
+        "turns left": (x < -3).any(),
+        "lifts block early": (block[:first, 1] > 0.1).any(),
+        "passes its corner": ((x < -3) & (y > 4)).any(),
+        "block aside": aside.any(),
+        "in the gap": ((np.abs(x) < 4) & (y > 12)).any(),
+    }
+
+
+def fall(x, y, z, block):
+    """Fall's way: right, push the block into the chasm, over it, left. Arrays over time."""
+    return {
+        "turns right": (x > 4).any(),
+        "falls": (z < 3).any(),
+        "pushes": (block[:, 0] > 1).any(),
+        "block dropped": (block[:, 1] < -3.9).any(),
+        "across": ((y > 20) & (z > 3)).any(),
+        "turns back": ((y > 20) & (x < 4) & (z > 3)).any(),
+    }
+
+
+WAYS = {"AntPush": push, "PointPush": push, "AntFall": fall}
+
+
+def ways(path, which="latest"):
+    """{place: share of 50 episodes that pass it} of a saved policy, and its step."""
+    saved = load(path, *POLICY)
+    if saved["env"] not in WAYS:
+        sys.exit(f"ways: {path} is a policy for {saved['env']}; known are {', '.join(WAYS)}")
+    policy = Policy.from_state_dict(saved[which]["policy"])
+    envs = make_envs(find_task(saved["env"]), EPISODES, evaluate=True)
+    robots = [env.unwrapped for env in envs.envs]
+    trace = []
+
+    def watch(t, obs, subgoal):
+        places = [
+            (robot.data.body("torso").xpos, robot.data.qpos[robot.num_qpos :]) for robot in robots
+        ]
+        trace.append([np.concatenate(place) for place in places])
+
+    results = evaluate(policy, envs, EPISODES, seed=0, watch=watch)
+    rows = []
+    for places, result in zip(np.array(trace).transpose(1, 0, 2), results, strict=True):
+        x, y, z, *_ = places.T
+        row = WAYS[saved["env"]](x, y, z, places[:, 3:])
+        rows.append({**row, "arrives": result["success_rate"] == 1})
+    envs.close()
+    return {name: np.mean([row[name] for row in rows]) for name in rows[0]}, saved[which]["step"]
+
+
+def main(paths):
+    torch.set_num_threads(1)
+    for k, path in enumerate(paths or sys.exit("ways: name one policy.pt or more")):
+        shares, step = ways(path)
+        if k == 0:
+            print("| step | " + " | ".join(shares) + " |\n" + "|---" * (1 + len(shares)) + "|")
+        print(f"| {step:,} | " + " | ".join(f"{share:.2f}" for share in shares.values()) + " |")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])
