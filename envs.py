@@ -8,8 +8,10 @@ What HIRO must know of a task stands in its class attributes:
     subgoal_scale [d]  half-range of each subgoal dimension (m, m, m, quaternion, rad)
     action_dim         entries of an action
     low_blind          entries at the front of the state that the low level never sees (x and y)
-    observation_scale  [obs] factor that brings each observation entry to order one
+    observation_scale  [obs] factor on each observation entry for the networks: metres, radians,
+                       5 m/s or rad/s, tens of seconds
     action_unit        what action 1.0 means: torque (ant) or m/s (point)
+    reward_scale       factor that brings the high level's Q, the discounted return, to order one
     score              what makes one policy better than another: success_rate or return
     total_steps        environment steps of one training run
     random_subgoals    environment steps at its start with uniformly random subgoals, until the
@@ -49,9 +51,10 @@ class AntMaze(gymnasium.Env):
     subgoal_scale = np.array([10, 10, 0.5, 1, 1, 1, 1] + [0.5, 0.3] * 4, np.float32)  # C.1
     action_dim = 8
     low_blind = 2
-    state_scale = np.array([0.1, 0.1] + [1.0] * 13 + [0.2] * 14 + [1.0], np.float32)
-    observation_scale = np.append(state_scale, [0.1, 0.1]).astype(np.float32)
+    state_scale = np.array([1.0] * 15 + [0.2] * 14 + [10.0], np.float32)
+    observation_scale = np.append(state_scale, [1.0, 1.0]).astype(np.float32)
     action_unit = 30.0
+    reward_scale = 0.0003
     score = "success_rate"
     total_steps = 10_000_000
     random_subgoals = 100_000
@@ -334,7 +337,7 @@ class AntFall(AntMaze):
     observation  [33]  as AntMaze, with a target in three dimensions, (0, 27, 4.5) always
     """
 
-    observation_scale = np.append(AntMaze.state_scale, [0.1, 0.1, 1.0]).astype(np.float32)
+    observation_scale = np.append(AntMaze.state_scale, np.ones(3)).astype(np.float32)
     maze = """
         # # # #
         # R . #
@@ -356,6 +359,7 @@ class AntGather(AntMaze):
     """
 
     observation_scale = np.append(AntMaze.state_scale, np.ones(20)).astype(np.float32)
+    reward_scale = 0.3
     score = "return"
     rest_step = 0
     maze = "\nR"
@@ -427,12 +431,13 @@ class PointMaze(AntMaze):
     state_dim = 5
     action_dim = 2
     subgoal_scale = np.array([5, 5], np.float32)
-    observation_scale = np.array([0.1, 0.1, 0.2, 0.2, 1, 0.1, 0.1], np.float32)
+    observation_scale = np.array([1, 1, 0.2, 0.2, 10, 1, 1], np.float32)
     action_unit = 4.0
     total_steps = 100_000
     random_subgoals = 20_000
     rest_step = 0
     max_steps = 300
+    radius, force = 0.4, 80.0  # m; N at the most, what full speed asks for from rest
 
     def _robot(self):
         spec = mujoco.MjSpec()
@@ -441,14 +446,32 @@ class PointMaze(AntMaze):
         spec.worldbody.add_light(pos=(0, 0, 30))
         plane = mujoco.mjtGeom.mjGEOM_PLANE
         spec.worldbody.add_geom(type=plane, size=(40, 40, 40), rgba=(0.8, 0.9, 0.8, 1))
-        torso = spec.worldbody.add_body(name="torso", pos=(0, 0, 0.5))
-        ball = dict(type=mujoco.mjtGeom.mjGEOM_SPHERE, size=(0.4, 0, 0), mass=1.0)
+        torso = spec.worldbody.add_body(name="torso", pos=(0, 0, self.radius + 0.1))
+        ball = dict(type=mujoco.mjtGeom.mjGEOM_SPHERE, size=(self.radius, 0, 0), mass=1.0)
         torso.add_geom(**ball, condim=1, conaffinity=0, rgba=(0.2, 0.4, 0.8, 1))
         for name, axis in (("x", (1, 0, 0)), ("y", (0, 1, 0))):
             torso.add_joint(name=name, type=SLIDE, axis=axis)
             joint = mujoco.mjtTrn.mjTRN_JOINT
-            spec.add_actuator(name=name, target=name, trntype=joint).set_to_velocity(kv=20.0)
+            motor = spec.add_actuator(name=name, target=name, trntype=joint)
+            motor.set_to_velocity(kv=20.0)
+            motor.forcerange = (-self.force, self.force)
         return spec
+
+
+class PointPush(PointMaze):
+    """A ball about as wide, fast and strong as the ant, in AntPush's maze.
+
+    observation  [7]  as PointMaze; the target is (0, 19) always, the block is not observed
+    action       [2]  velocity command in [-1, 1]; 1.0 is 2 m/s
+    Straight ahead the block ends up in the only gap; round it the way takes about 200 steps.
+    """
+
+    action_unit = 2.0
+    total_steps = 200_000
+    radius, force = 0.7, 6.0
+    maze = AntPush.maze
+    target_low = None
+    eval_target = AntPush.eval_target
 
 
 def add_box(body, pos, half=CELL / 2, **geom):
@@ -478,7 +501,9 @@ def end_with_window(viewer):
     glfw.set_key_callback(viewer.window, press)
 
 
-TASKS = {task.__name__: task for task in (AntMaze, AntPush, AntFall, AntGather, PointMaze)}
+TASKS = {
+    task.__name__: task for task in (AntMaze, AntPush, AntFall, AntGather, PointMaze, PointPush)
+}
 
 for _name, _task in TASKS.items():
     # No max_episode_steps: the task counts its own steps, so that its state is all in one place.

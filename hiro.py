@@ -58,11 +58,10 @@ class HIROConfig:
 
     units: str = option("range", "what networks see and noise is measured in: range or raw")
     subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)", 1)
-    # Differs 5 and 8: shorter horizons, faster targets for the high level
-    low_discount: float = option(0.98, "gamma, per step (C.2)", most=1)
-    high_discount: float = option(0.98, "gamma, per c steps (C.2)", most=1)
+    low_discount: float = option(0.98, "gamma, per step (C.2)", most=1)  # Differs 5
+    high_discount: float = option(0.99, "gamma, per c steps (C.2)", most=1)
     low_tau: float = option(0.005, "how far targets move at a delayed update (C.2)", TINY, 1)
-    high_tau: float = option(0.05, "how far targets move at a delayed update (C.2)", TINY, 1)
+    high_tau: float = option(0.02, "how far targets move at a delayed update (C.2)", TINY, 1)
     batch_size: int = option(100, "transitions per gradient step, both levels", 1)
     hidden: int = option(300, "units in each of the two hidden layers (C.1)", 1)
     # Differs 2: all noise in fractions of the range
@@ -74,11 +73,13 @@ class HIROConfig:
     # Differs 4 and 8: step sizes
     low_actor_lr: float = option(3e-4, "Adam step size (C.2)", TINY)
     low_critic_lr: float = option(3e-4, "Adam step size (C.2)", TINY)
-    high_actor_lr: float = option(1e-3, "Adam step size (C.2)", TINY)
-    high_critic_lr: float = option(3e-3, "Adam step size (C.2)", TINY)
-    # Differs 7: errors of Q within the quadratic part of the Huber loss
+    high_actor_lr: float = option(3e-4, "Adam step size (C.2)", TINY)
+    high_critic_lr: float = option(1e-3, "Adam step size (C.2)", TINY)
+    # Differs 7: errors of Q within the quadratic part of the Huber loss, which then finds means
     low_reward_scale: float = option(0.1, "factor on the intrinsic reward (C.2)")
-    high_reward_scale: float = option(0.01, "factor on the environment's reward (C.2)")
+    high_reward_scale: float = option(
+        None, "factor on the environment's reward (C.2; default: the task's)"
+    )
     # Differs 6: half of the past seen with other subgoals
     low_relabel: float = option(
         0.5, "share of low samples with another one's subgoal (5.2)", most=1
@@ -116,7 +117,11 @@ class HIROConfig:
 
     def for_task(self, task):
         """This configuration with what it leaves to the task filled in."""
-        of_task = {"high_uniform_steps": task.random_subgoals, "rest_step": task.rest_step}
+        of_task = {
+            "high_reward_scale": task.reward_scale,
+            "high_uniform_steps": task.random_subgoals,
+            "rest_step": task.rest_step,
+        }
         unset = {name: value for name, value in of_task.items() if getattr(self, name) is None}
         return replace(self, **unset)
 

@@ -288,12 +288,12 @@ def test_buffer_state_holds_what_was_written_and_nothing_else():
     buffer.add(y=y[:7], x=x[:7])
     state = buffer.state_dict()
     assert state["storage"].shape == (7, 7) and torch.equal(buffer.rows()["x"], x[:7])
+    other.load_state_dict(state)
     for each in (buffer, other):  # both go on in the same slot
-        if each is other:
-            other.load_state_dict(state)
         each.add(x=x[7:], y=y[7:])
         assert torch.equal(each.rows()["x"], torch.cat([x[9:], x[3:9]]))
         assert torch.equal(each.rows()["y"], torch.cat([y[9:], y[3:9]]))
+    assert torch.equal(state["storage"][:, :3], x[:7]), "what was saved stays"
     with pytest.raises(ValueError, match="do not fit"):
         buffers.ReplayBuffer(9, {"x": (3,)}).load_state_dict(state)
     with pytest.raises(KeyError, match="rows have"):
@@ -460,8 +460,8 @@ def test_a_share_of_low_samples_gets_another_one_s_subgoal__5_2():
 def test_correction_asks_today_s_low_level_with_the_agent_s_settings__3_3():
     config = small(num_candidates=5, candidate_center=0.3, candidate_spread=0.7)
     agent = HIRO(tasks.PointMaze, config)
-    batch = {name: randn(400, *shape) for name, shape in agent.high_buffer.fields.items()}
-    batch["mask"] = (torch.arange(10) < 4).float().expand(400, 10)  # short segments
+    batch = {name: randn(2000, *shape) for name, shape in agent.high_buffer.fields.items()}
+    batch["mask"] = (torch.arange(10) < 4).float().expand(2000, 10)  # short segments
     args = [batch[name] for name in ("states", "actions", "subgoal", "next_state")]
     args += torch.tensor([5.0, 5.0]), batch["mask"], 3, 0.3, 0.7
 
@@ -493,8 +493,7 @@ def test_high_update_learns_from_corrected_subgoals_and_stores_none__3_3(share, 
     assert_same(agent.high_buffer.rows(), before)
     batch, rows = seen[0], stored_as(seen[0], agent.high_buffer)
     assert len(batch["reward"]) == 8
-    for name in ("state", "reward", "next_state"):
-        assert torch.equal(batch[name], rows[name])
+    assert all(torch.equal(batch[name], rows[name]) for name in ("state", "reward", "next_state"))
     assert torch.equal(batch["action"], torch.cat([new, rows["subgoal"][n:]]))
     assert_same(given, [{name: part[:n] for name, part in rows.items()}] if n else [])
     shares = {8: [0.5, 0.5, 0], 2: [0.5, 0.5, 0], 1: [1, 0, 0]}
@@ -510,8 +509,8 @@ def test_each_level_gets_its_own_hyperparameters__C_2():
         (agent.low, agent.low_buffer, levels["low"]),
         (agent.high, agent.high_buffer, levels["high"]),
     ):
-        optimizers = level.actor_optimizer, level.critic_optimizer
-        rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+        both = level.actor_optimizer, level.critic_optimizer
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in both]
         assert [level.discount, level.tau, *rates, buffer.capacity] == list(expected.values())
         assert (level.policy_delay, level.actor.net[0].out_features) == (5, 8)
 
@@ -519,10 +518,10 @@ def test_each_level_gets_its_own_hyperparameters__C_2():
 DEFAULT = {
     **dict(low_buffer_size=200_000, high_buffer_size=200_000),
     **dict(units="range", subgoal_steps=10, batch_size=100, hidden=300, correction=True),
-    **dict(low_discount=0.98, high_discount=0.98, low_tau=0.005, high_tau=0.05, update_every=1),
+    **dict(low_discount=0.98, high_discount=0.99, low_tau=0.005, high_tau=0.02, update_every=1),
     **dict(low_noise=0.2, high_noise=0.2, policy_noise=0.2, noise_clip=0.5, policy_delay=2),
-    **dict(low_actor_lr=3e-4, low_critic_lr=3e-4, high_actor_lr=1e-3, high_critic_lr=3e-3),
-    **dict(low_reward_scale=0.1, high_reward_scale=0.01),
+    **dict(low_actor_lr=3e-4, low_critic_lr=3e-4, high_actor_lr=3e-4, high_critic_lr=1e-3),
+    **dict(low_reward_scale=0.1, high_reward_scale=None),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, candidate_center=1.0, candidate_spread=0.5),
     **dict(low_relabel=0.5, high_relabel=0.5, high_random=0.2, rest_step=None, rest_reach=0.4),
@@ -541,15 +540,16 @@ def test_presets__C():
     assert dataclasses.asdict(HIROConfig(**PRESETS["default"])) == DEFAULT
     assert dataclasses.asdict(HIROConfig(**PRESETS["paper"])) == PAPER
     assert (RunConfig().eval_every, RunConfig().eval_episodes) == (50_000, 50)  # C.4
-    for given, *expected in ((None, 1_000_000, 100_000), (0, 0, 0), (5, 5, 5)):  # None: the task's
-        config = HIROConfig(rest_step=given, high_uniform_steps=given).for_task(tasks.AntMaze)
-        assert [config.rest_step, config.high_uniform_steps] == expected
+    names = "rest_step", "high_uniform_steps", "high_reward_scale"
+    for given, *expected in ((None, 1_000_000, 100_000, 3e-4), (0, 0, 0, 0), (5, 5, 5, 5)):
+        config = HIROConfig(**dict.fromkeys(names, given)).for_task(tasks.AntMaze)
+        assert [getattr(config, name) for name in names] == expected  # None: the task's
 
 
 def test_what_networks_see_and_noise_is_measured_in__C_1():
     one, ant = torch.ones, torch.tensor(ANT_RANGE)
-    state = torch.tensor(13 * [1] + 14 * [0.2] + [1])  # without x and y
-    place = torch.tensor([0.1, 0.1])
+    state = torch.tensor(13 * [1] + 14 * [0.2] + [10])  # without x and y
+    place = torch.ones(2)
     own, raw = (HIRO(tasks.AntMaze, small(units=units)) for units in ("range", "raw"))
     for level, actor_sees, critic_sees_besides, limit, unit in (
         (own.low, torch.cat([state, 1 / ant]), one(8), one(8), one(8)),
@@ -594,14 +594,15 @@ def test_at_last_the_low_level_rests_and_the_high_level_asks_for_less(learn):
         torch.testing.assert_close(other.high.critic.scale[-15:], 1 / full)  # what g means stays
 
 
-def test_a_loaded_agent_is_the_saved_one_and_the_state_stays_the_caller_s(learn):
+def test_a_loaded_agent_goes_on_the_same_and_the_state_stays_the_caller_s(learn):
     agent, other = (HIRO(tasks.PointMaze, small(), seed=seed) for seed in range(2))
     learn(agent, 65)
-    state = copy.deepcopy(agent.state_dict())
-    before = copy.deepcopy(state)
+    state, before = (copy.deepcopy(agent.state_dict()) for _ in range(2))
     other.load_state_dict(state)
-    assert_same(other.state_dict(), before)
-    learn(other, 130)
+    assert_same([other.state_dict(), other.segment], [before, agent.segment])
+    for each in (agent, other):
+        learn(each, 130)
+    assert_same(agent.state_dict(), other.state_dict())
     assert_same(state, before)
 
 
@@ -703,18 +704,20 @@ def make(name, **kwargs):
     return env
 
 
-STATE_SCALE = [0.1, 0.1] + 13 * [1] + 14 * [0.2] + [1]
+STATE = 15 * [1] + 14 * [0.2] + [10]
 ANT = dict(state_dim=30, action_dim=8, low_blind=2, subgoal_scale=ANT_RANGE, action_unit=30)
 ANT |= dict(max_steps=500, total_steps=10**7, random_subgoals=100_000, score="success_rate")
-GATHER = dict(ANT, score="return")
+ANT |= dict(reward_scale=3e-4, observation_scale=STATE + [1, 1], rest_step=0)
 POINT = dict(state_dim=5, action_dim=2, low_blind=2, subgoal_scale=[5, 5], action_unit=4)
 POINT |= dict(max_steps=300, total_steps=10**5, random_subgoals=20_000, score="success_rate")
+POINT |= dict(reward_scale=3e-4, observation_scale=[1, 1, 0.2, 0.2, 10, 1, 1], rest_step=0)
 ATTRIBUTES = {
-    "AntMaze": {**ANT, "observation_scale": STATE_SCALE + [0.1, 0.1], "rest_step": 1_000_000},
-    "AntPush": {**ANT, "observation_scale": STATE_SCALE + [0.1, 0.1], "rest_step": 0},
-    "AntFall": {**ANT, "observation_scale": STATE_SCALE + [0.1, 0.1, 1], "rest_step": 0},
-    "AntGather": {**GATHER, "observation_scale": STATE_SCALE + 20 * [1], "rest_step": 0},
-    "PointMaze": {**POINT, "observation_scale": [0.1, 0.1, 0.2, 0.2, 1, 0.1, 0.1], "rest_step": 0},
+    "AntMaze": dict(ANT, rest_step=1_000_000),
+    "AntPush": ANT,
+    "AntFall": dict(ANT, observation_scale=STATE + [1, 1, 1]),
+    "AntGather": dict(ANT, observation_scale=STATE + 20 * [1], reward_scale=0.3, score="return"),
+    "PointMaze": POINT,
+    "PointPush": dict(POINT, action_unit=2, total_steps=200_000),
 }
 
 
@@ -779,7 +782,7 @@ def test_training_and_evaluation_targets__B():
     maze = make("AntMaze")
     targets = np.array([maze.reset(seed=i)[0][30:] for i in range(300)])
     assert targets.min() >= -4 and targets.max() <= 20
-    np.testing.assert_allclose(targets.std(0), 24 / 12**0.5, atol=1)
+    np.testing.assert_allclose(targets.std(0), 24 / 12**0.5, atol=1)  # uniform
     for name, target in (("AntMaze", (0, 16)), ("AntPush", (0, 19)), ("AntFall", (0, 27, 4.5))):
         for evaluate in (True,) if name == "AntMaze" else (True, False):
             assert np.array_equal(make(name, evaluate=evaluate).reset(seed=1)[0][30:], target)
@@ -858,19 +861,14 @@ def test_layout__B(name):
     boxes = [i for i in range(model.ngeom) if model.geom_type[i] == 6]
     found = [(*env.data.geom_xpos[i], *model.geom_size[i]) for i in boxes]
     assert {tuple(np.round(box, 6)) for box in found} == expected and len(found) == len(expected)
-    assert (model.geom_contype[boxes] == 1).all()
-    assert math.isclose(model.qpos0[2], floor + 0.75)
-    if name == "AntPush":
-        assert math.isclose(model.body("block").mass[0], 0.0002)
-        assert np.array_equal(model.jnt_axis[-2:], [[1, 0, 0], [0, 1, 0]])
-        assert not model.jnt_limited[-2:].any()
-    if name == "AntFall":
-        assert math.isclose(model.body("block").mass[0], 0.001)
-        assert np.array_equal(model.jnt_range[-2:], [[-8, 8], [-4, 0]])
-        assert model.jnt_limited[-2:].all()
-        assert np.array_equal(model.jnt_axis[-2:], [[0, 1, 0], [0, 0, 1]])
+    assert (model.geom_contype[boxes] == 1).all() and math.isclose(model.qpos0[2], floor + 0.75)
     if name != "AntMaze":
-        assert np.allclose(model.jnt_margin[-2:], 0.01)
+        push = name == "AntPush"
+        axes = [[1, 0, 0], [0, 1, 0]] if push else [[0, 1, 0], [0, 0, 1]]
+        ranges = 0 if push else [[-8, 8], [-4, 0]]
+        assert math.isclose(model.body("block").mass[0], 0.0002 if push else 0.001)
+        assert (model.jnt_axis[-2:] == axes).all() and (model.jnt_range[-2:] == ranges).all()
+        assert (model.jnt_limited[-2:] != push).all() and np.allclose(model.jnt_margin[-2:], 0.01)
         assert (env.data.qpos[-2:] == 0).all() and (env.data.qvel[-2:] == 0).all()
 
 
@@ -896,6 +894,17 @@ def test_push_block_bars_the_way_until_it_is_pushed_aside__B():
     assert abs(block[1]) < 0.05 and np.allclose(env.block_places, [[7.9, 8]], atol=0.1)
     assert drag(env, (-1, 0), lambda: env.data.qpos[0] < 0.5) and block[0] > 7.5
     assert drag(env, (0, 1.5), arrived), "the way is open"
+
+
+def test_the_ball_must_go_round_the_block__B():
+    for way, arrives in (([(0, 19)], False), ([(-8, 0), (-8, 8), (0.3, 8), (0, 19)], True)):
+        env, place = make("PointPush", evaluate=True), (0, 0)
+        for _ in range(env.max_steps):
+            if len(way) > 1 and math.dist(place, way[0]) < 0.5:
+                way = way[1:]
+            ahead = np.subtract(way[0], place)
+            (*place, _, _, _, _, _), *_, info = env.step(ahead / np.linalg.norm(ahead))
+        assert info["is_success"] == arrives
 
 
 def test_fall_block_drops_level_into_the_chasm_and_bears_the_ant__B():

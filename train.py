@@ -3,6 +3,7 @@
 train() is the paper's pseudo-code. What a run needs besides (flags, files, films) is in harness/.
 """
 
+import contextlib
 import sys
 
 import numpy as np
@@ -50,7 +51,7 @@ def train(agent, run):
         if run.due(run.checkpoint_every) or run.stop:
             with run.untimed():
                 run.save(obs, subgoal, clock)
-    run.end()
+    run.terminal.end(agent.steps)
 
 
 def evaluate(policy, envs, episodes, seed, watch=None):
@@ -134,7 +135,8 @@ def main(argv=None):
 
             return profile.profile(given, train)
         run = runs.resume(given) if "resume" in given else runs.start(given)
-        train(HIRO(run.task, run.config, run.num_envs, run.seed, run.device), run)
+        with contextlib.closing(run):
+            train(HIRO(run.task, run.config, run.num_envs, run.seed, run.device), run)
 
 
 if __name__ == "__main__":

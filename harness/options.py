@@ -219,7 +219,7 @@ def interval(least, most):
 
 NEEDED = (  # attributes of a task's class; envs.py says what they are
     *("state_dim", "action_dim", "low_blind", "subgoal_scale", "observation_scale", "action_unit"),
-    *("score", "total_steps", "random_subgoals", "rest_step", "snapshot"),
+    *("reward_scale", "score", "total_steps", "random_subgoals", "rest_step", "snapshot"),
 )
 
 

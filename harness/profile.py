@@ -35,15 +35,12 @@ class ShortRun(Run):
     def save(self, *live):
         pass
 
-    def end(self):
-        self.envs.close()
-        self.eval_envs.close()
-
     def train(self, train, agent, goes_on):
         """train.train(agent, self) while goes_on() is true."""
         self.goes_on = lambda: goes_on() and not self.stop
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-            train(agent, self)
+            with contextlib.closing(self):
+                train(agent, self)
         if self.stop:
             raise KeyboardInterrupt
 

@@ -5,7 +5,6 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
-import datetime
 import functools
 import io
 import json
@@ -230,6 +229,7 @@ class Run:
         self.__dict__.update(dataclasses.asdict(settings))
         self.config, self.folder, self.state = config, folder, state
         self.task = find_task(self.env)
+        self.envs = self.eval_envs = None  # begin() makes them, close() closes them
         self.stop = False  # a signal came,
         self.stopped = False  # and all is saved
         self.seconds = 0.0  # of training, earlier sittings of the run included
@@ -402,11 +402,11 @@ class Run:
         for old in checkpoints(self.folder)[2:]:
             old.unlink()
 
-    def end(self):
-        """Close the environments, and say where things are and what can be done with them."""
-        self.envs.close()
-        self.eval_envs.close()
-        self.terminal.end(self.agent.steps)
+    def close(self):
+        """End the worker processes, which ignore the signal that would end them at exit."""
+        for envs in (self.envs, self.eval_envs):
+            if envs is not None:
+                envs.close()
 
 
 class Terminal:
@@ -469,8 +469,8 @@ class Terminal:
         if not sys.stderr.isatty() and now - self.told < 300:  # a log gets a line in five minutes
             return
         self.told = now
-        seconds = (self.run.total_steps - step) / max(speed, 1e-9)
-        left = datetime.timedelta(seconds=round(min(seconds, 1e10)))  # it holds no more days
+        hours = (self.run.total_steps - step) / max(speed, 1e-9) / 3600
+        left = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
         text = f"step {step:,} of {self.run.total_steps:,} | {speed:.0f} steps/s | {left} left"
         if self.success_rate is not None:
             text += f" | success {self.success_rate:.2f}"
@@ -482,9 +482,7 @@ class Terminal:
         if step < self.run.total_steps:
             print(f"{clear_line()}stopped at step {step:,}; go on with --resume {folder}")
         if (folder / "policy.pt").exists():
-            print(
-                f"{clear_line()}see it: python train.py --eval-only {folder}/policy.pt --plot p.png"
-            )
+            print(f"{clear_line()}next: python train.py --eval-only {folder}/policy.pt")
 
 
 GROUPS = ("train", "low", "high", "chosen")

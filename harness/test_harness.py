@@ -307,11 +307,28 @@ def test_a_dead_environment_process_ends_the_run_in_one_line(tmp_path, monkeypat
     assert "step 2: an environment process died; no checkpoint was saved" in err
 
 
+def test_a_broken_run_takes_its_worker_processes_along(tmp_path):
+    code = (
+        "import train; from hiro import HIRO; HIRO.update_low = lambda self: {'q': float('inf')}\n"
+    )
+    line = f"{RUNS['workers']} --eval-every 50 --run-dir {tmp_path / 'run'}"
+    line = line.replace("Ball", "PointMaze")  # which another process knows
+    code += f"if __name__ == '__main__': train.main({line.split()})"
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and "low_q is not finite" in ended.stderr
+
+
 @pytest.mark.parametrize(
-    "what, owner, name",
-    [("action", HIRO, "low_action"), ("state", Ball, "_state"), ("low_q", HIRO, "update_low")],
+    "what, owner, name, every",
+    [
+        ("action", HIRO, "low_action", 1000),
+        ("state", Ball, "_state", 1000),
+        ("low_q", HIRO, "update_low", 1000),  # seen before a checkpoint,
+        ("low_q", HIRO, "update_low", 170),  # and before an evaluation is written down
+    ],
 )
-def test_anything_not_finite_stops_the_run_in_one_line(what, owner, name, tmp_path, monkeypatch):
+def test_anything_not_finite_ends_the_run(what, owner, name, every, tmp_path, monkeypatch):
     original, nan = getattr(owner, name), torch.tensor(math.nan)
 
     def spoilt(self, *args):  # steps of the agent or, as there is one long episode, of the world
@@ -322,28 +339,32 @@ def test_anything_not_finite_stops_the_run_in_one_line(what, owner, name, tmp_pa
 
     monkeypatch.setattr(owner, name, spoilt)
     monkeypatch.setattr(Ball, "max_steps", 1000)
-    err = one_line(RUNS["one"], "--eval-every 1000 --run-dir", tmp_path / "run")
+    folder = tmp_path / "run"
+    err = one_line(RUNS["one"], f"--eval-every {every} --run-dir {folder}")
     assert f"{what} is not finite; the last good checkpoint is " in err
-    assert "checkpoint_000000000147.pt" in err and saved_at(tmp_path / "run") == [147]
+    assert "checkpoint_000000000147.pt" in err and (saved_at(folder), steps(folder)) == ([147], [])
 
 
-def test_a_full_disk_is_one_line_and_costs_nothing_saved(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, step", [("report", 340), ("save", 441)])
+def test_a_full_disk_is_one_line_and_costs_nothing_saved(name, step, tmp_path, monkeypatch):
     """A limit on the size of files stands for the full disk: writing fails half way through."""
-    folder, save = tmp_path / "run", runs.Run.save
+    folder, write = tmp_path / "run", getattr(runs.Run, name)
 
     def limited(run, *args):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if run.agent.steps >= 441:
+        if run.agent.steps >= step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (9999, before[1]))
         try:
-            save(run, *args)
+            write(run, *args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(runs.Run, "save", limited)
+    monkeypatch.setattr(runs.Run, name, limited)
     err = one_line(RUNS["one"], "--run-dir", folder)
     assert "File too large; what was saved before is whole" in err
     assert saved_at(folder) == [294, 147] and not list(folder.glob("*.tmp"))
+    latest = torch.load(folder / "policy.pt", weights_only=True)["latest"]
+    assert latest["step"] == (170 if name == "report" else 340)
 
 
 @pytest.mark.slow
@@ -539,7 +560,7 @@ def test_the_terminal_says_what_happens(tmp_path, scripted):
     assert second == "learning begins after 10 steps, the high level's after 30"
     assert titles.split() == "step success return distance intrinsic progress steps/s".split()
     assert table[2].split()[:6] == ["30", "0.60", "-7", "1.0", "2", "3.00"] and len(table) == 6
-    assert f"python train.py --eval-only {tmp_path}/run/policy.pt --plot" in last
+    assert f"python train.py --eval-only {tmp_path}/run/policy.pt" in last
     for end, nothing in ((10, True), (11, False)):
         line = f"--high-uniform-steps 30 --total-steps {end} --run-dir {tmp_path / str(end)}"
         assert ("nothing is learned: " in main(LEARNING, line)[1]) == nothing
@@ -573,8 +594,8 @@ def test_without_a_terminal_a_status_line_appears_now_and_then(tmp_path, scripte
     line = "--total-steps 1200 --eval-every 700 --start-steps 9999 --run-dir"
     _, out, err = main(IDLE, line, tmp_path / "run")
     first, second = err.splitlines()
-    assert first == "step 250 of 1,200 | 2 steps/s | 0:07:55 left"
-    assert second == "step 1,000 of 1,200 | 2 steps/s | 0:01:40 left | success 0.20"
+    assert first == "step 250 of 1,200 | 2 steps/s | 8 min left"
+    assert second == "step 1,000 of 1,200 | 2 steps/s | 2 min left | success 0.20"
     assert "\033" not in out + err
 
 
@@ -737,7 +758,8 @@ import numpy as np
 class Mine(gymnasium.Env):
     state_dim, action_dim, low_blind, action_unit = 2, 1, 1, 1.0
     subgoal_scale, observation_scale = np.ones(1, np.float32), np.ones(3, np.float32)
-    score, total_steps, random_subgoals, rest_step = "return", 60, 0, 0
+    reward_scale, score = 1.0, "return"
+    total_steps, random_subgoals, rest_step = 60, 0, 0
     observation_space = gymnasium.spaces.Box(-99, 99, (3,), np.float32)
     action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
 
@@ -793,8 +815,8 @@ def test_a_task_of_one_s_own_is_trained_resumed_and_evaluated(mine, tmp_path):
 @pytest.mark.parametrize(
     "there, instead, said",
     [
-        ('score, total_steps, random_subgoals, rest_step = "return", 60, 0, 0', "",
-         "lacks score, total_steps, random_subgoals, rest_step; envs.py says"),
+        ("total_steps, random_subgoals, rest_step = 60, 0, 0", "",
+         "lacks total_steps, random_subgoals, rest_step; envs.py says"),
         ('"return"', '"reward"', "has score reward, which is neither success_rate nor return"),
         ('"distance": distance, "simulator_warnings": 0', "", "distance, simulator_warnings out"),
         ("np.ones(3", "np.ones(4", "observes (3,), observation_scale is (4,)"),
