@@ -164,7 +164,6 @@ def at_step(patch, step, act):
 
 
 def kill(run):
-    run.envs.close()  # or worker processes would outlive a death that is only played
     raise Killed
 
 
@@ -479,9 +478,9 @@ def test_training_episodes_are_counted_at_their_last_step(tmp_path, monkeypatch)
 class Clock:
     """A time that passes only where a test says so."""
 
-    def __init__(self, patch):
+    def __init__(self, patch, module=runs):
         self.now, self.patch = 5000.0, patch
-        patch.setattr(runs, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
+        patch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
 
     def charge(self, owner, name, seconds):
         original = getattr(owner, name)
@@ -926,3 +925,17 @@ def test_profile_adds_up_and_counts_products_by_hand(tmp_path, monkeypatch):
     every = actor + 2 * critic + 2 * critic + 2 * (critic + hidden)
     delayed = actor + critic + (hidden + (S + A) * H) + (actor + H * H + H * A)
     assert profile.flops(agent.update_low, 2) == 2 * B * (every + delayed / 2)
+
+
+def test_profile_counts_a_nested_part_once(monkeypatch):
+    from harness import profile
+
+    clock, owner = Clock(monkeypatch, profile), types.SimpleNamespace(correct=lambda: None)
+    owner.update_high = lambda: owner.correct()
+    clock.charge(owner, "correct", 3)
+    clock.charge(owner, "update_high", 2)
+    watch = profile.Stopwatch(torch.device("cpu"))
+    watch.wrap(owner, "correct", "relabelling")
+    watch.wrap(owner, "update_high", "high update")
+    owner.update_high()
+    assert (watch.seconds["relabelling"], watch.seconds["high update"]) == (3, 2)
