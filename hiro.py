@@ -203,11 +203,11 @@ class Policy:
         return self.low_action(obs, self.subgoal).cpu().numpy()
 
     def state_dict(self):
-        """All that load_state_dict and from_state_dict need, cut loose from the training."""
-        weights = {"low": self.low.state_dict(), "high": self.high.state_dict()}
+        """All that from_state_dict needs, cut loose from the training."""
+        actors = {"low": self.low, "high": self.high}
         weights = {
-            level: {name: part.clone() for name, part in parts.items()}
-            for level, parts in weights.items()
+            level: {name: part.clone() for name, part in actor.state_dict().items()}
+            for level, actor in actors.items()
         }
         return {**weights, **{name: getattr(self, name) for name in self.NUMBERS}}
 

@@ -168,6 +168,8 @@ def configs(given):
     )
     run = RunConfig(**run)
     task = find_task(run.env)
+    if run.env not in tasks.TASKS:
+        check_task(run.env, task)
     config = HIROConfig(**{**PRESETS[given.get("preset", "default")], **chosen}).for_task(task)
     if run.total_steps is None:
         run.total_steps = task.total_steps
@@ -237,11 +239,9 @@ def find_task(name):
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        task = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--env {name}: {error}") from None
-    check_task(name, task)
-    return task
 
 
 def check_task(name, task):
