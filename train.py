@@ -136,7 +136,9 @@ def main(argv=None):
             return profile.profile(given, train)
         run = runs.resume(given) if "resume" in given else runs.start(given)
         with contextlib.closing(run):
-            train(HIRO(run.task, run.config, run.num_envs, run.seed, run.device), run)
+            with run.room():
+                agent = HIRO(run.task, run.config, run.num_envs, run.seed, run.device)
+            train(agent, run)
 
 
 if __name__ == "__main__":

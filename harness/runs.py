@@ -161,9 +161,8 @@ def start(given):
         "algorithm": dataclasses.asdict(config),
         "versions": versions(),
     }
-    save_json(folder / "config.json", saved)
-    print(f"{settings.env}, seed {settings.seed}; every setting is in {folder}/config.json")
-    return Run(settings, config, folder)
+    print(f"{settings.env}, seed {settings.seed}: all goes to {folder}")
+    return Run(settings, config, folder, saved)
 
 
 def resume(given):
@@ -194,7 +193,6 @@ def resume(given):
     if state and given.get("total_steps", math.inf) < (step := state["agent"]["steps"]):
         raise UserError(f"--total-steps {given['total_steps']}: the run is at {step} already")
     settings, config = configs({**before, **given, "run_dir": str(folder)})
-    run = Run(settings, config, folder, state)
     now = versions()
     for name, version in now.items():
         if version != (then := saved["versions"].get(name)):
@@ -202,9 +200,8 @@ def resume(given):
     step = state["agent"]["steps"] if state else 0
     saved["run"] = dataclasses.asdict(settings)
     saved.setdefault("resumed", []).append({"step": step, **now})
-    save_json(folder / "config.json", saved)
     print(f"resumed at step {step:,}", flush=True)
-    return run
+    return Run(settings, config, folder, saved, state)
 
 
 def reached(folder):
@@ -222,12 +219,13 @@ class Run:
     """A run's environments, clocks, metrics and files; the loop in train.py tells it what happens.
 
     settings  RunConfig; its fields are the run's attributes
+    record    what goes into config.json
     state     of the checkpoint to go on from, if any
     """
 
-    def __init__(self, settings, config, folder, state=None):
+    def __init__(self, settings, config, folder, record=None, state=None):
         self.__dict__.update(dataclasses.asdict(settings))
-        self.config, self.folder, self.state = config, folder, state
+        self.config, self.folder, self.record, self.state = config, folder, record, state
         self.task = find_task(self.env)
         self.envs = self.eval_envs = None  # begin() makes them, close() closes them
         self.stop = False  # a signal came,
@@ -248,6 +246,16 @@ class Run:
             raise UserError(f"--resume {folder}: {problem}")
         prepare(self.threads)
 
+    @contextlib.contextmanager
+    def room(self):
+        """For making what may be too large for this machine."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:  # torch's has the reason in its first line
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # if this has just made it
+            raise UserError(f"cannot set the run up: {str(error).splitlines()[0]}") from None
+
     PLAIN = ("seconds", "sums", "counts", "warnings", "best")  # saved as they are
 
     def begin(self, agent):
@@ -257,6 +265,7 @@ class Run:
         self.eval_envs = make_envs(self.task, min(self.eval_episodes, EVAL_COPIES), True)
         for name in STOP_SIGNALS:
             signal.signal(name, self.interrupt)
+        save_json(self.folder / "config.json", self.record)
         text = ",".join(self.columns) + "\n"
         if state := self.state:
             self.state = None  # it is as large as the replay buffers
@@ -480,7 +489,7 @@ class Terminal:
     def end(self, step):
         folder = self.run.folder
         if step < self.run.total_steps:
-            print(f"{clear_line()}stopped at step {step:,}; go on with --resume {folder}")
+            print(f"{clear_line()}stopped at {step:,} steps: --resume {folder}")
         if (folder / "policy.pt").exists():
             print(f"{clear_line()}next: python train.py --eval-only {folder}/policy.pt")
 

@@ -187,7 +187,7 @@ def test_a_run_killed_and_stopped_equals_an_uninterrupted_one(name, how, tmp_pat
         code, out, _ = main("--resume", folder)
     stopped = saved_at(folder)[0]
     assert code == 0 and "resumed at step 147" in out and 400 < stopped <= 405
-    assert f"stopped at step {stopped}; go on with --resume {folder}" in out
+    assert f"stopped at {stopped} steps: --resume {folder}" in out
 
     assert main("--resume", folder)[0] == 0
     assert_same_run(folder, whole_runs["one" if name == "one" else "three"])
@@ -209,7 +209,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(tmp_path):
     os.killpg(process.pid, signal.SIGTERM)  # as a scheduler or a closed terminal does
     out, _ = process.communicate(timeout=60)
     step = saved_at(folder)[0]
-    assert process.returncode == 0 and f"stopped at step {step:,}" in out
+    assert process.returncode == 0 and f"stopped at {step:,} steps" in out
     assert main("--resume", folder, "--total-steps", step + 10)[0] == 0
     assert saved_at(folder)[0] == step + 10
 
@@ -555,7 +555,7 @@ class Screen(io.StringIO):
 def test_the_terminal_says_what_happens(tmp_path, scripted):
     _, out, _ = main(LEARNING, "--high-uniform-steps 30 --run-dir", tmp_path / "run")
     first, second, titles, *table, last = out.splitlines()
-    assert first.startswith("Ball, seed 0; ") and f"{tmp_path}/run/config.json" in first
+    assert first == f"Ball, seed 0: all goes to {tmp_path}/run"
     assert second == "learning begins after 10 steps, the high level's after 30"
     assert titles.split() == "step success return distance intrinsic progress steps/s".split()
     assert table[2].split()[:6] == ["30", "0.60", "-7", "1.0", "2", "3.00"] and len(table) == 6
@@ -710,6 +710,8 @@ BAD_INPUTS = {
     POINT + "--profile --plot a.png": "--plot goes with --eval-only POLICY",
     POINT + "--run-dir broken": "not empty; give another --run-dir, or --resume broken",
     POINT + "--run-dir text.pt/run": "Not a directory",
+    POINT + "--run-dir x --low-buffer-size 1e13": "cannot set the run up: ",
+    POINT + "--run-dir x --hidden 1e7": "cannot set the run up: ",
     "--resume nothing": "no run here",
     "--resume broken": "config.json is damaged",
     "--resume run --env AntMaze": "--env AntMaze differs from the run's Ball; only --total-steps",
