@@ -9,7 +9,7 @@ What HIRO must know of a task stands in its class attributes:
     action_dim         entries of an action
     low_blind          entries at the front of the state that the low level never sees (x and y)
     observation_scale  [obs] factor on each observation entry for the networks: metres, radians,
-                       5 m/s or rad/s, tens of seconds
+                       5 m/s or rad/s, tens of seconds (the low level sees time raw)
     action_unit        what action 1.0 means: torque (ant) or m/s (point)
     reward_scale       factor that brings the high level's Q, the discounted return, to order one
     score              what makes one policy better than another: success_rate or return

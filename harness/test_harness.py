@@ -838,6 +838,20 @@ def test_what_a_task_of_one_s_own_lacks_is_said_before_it_is_trained(
     assert not (tmp_path / "runs").exists()
 
 
+# ------------------------------------------------------------ the pieces
+
+
+def test_each_leaf_can_be_copied_alone():
+    needs = dict(td3="", buffers="", relabel="", envs="", hiro="td3 buffers relabel")
+    code = f"""import importlib, sys
+for name, needed in {needs}.items():
+    sys.modules.update(dict.fromkeys([*{needs}, "train", "harness", "results"]))  # not to be found
+    for wanted in (name, *needed.split()):
+        del sys.modules[wanted]
+    importlib.import_module(name)"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 # ------------------------------------------------------------ pictures, the profile
 
 
