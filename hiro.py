@@ -269,8 +269,9 @@ class HIRO:
         observation_scale = torch.tensor(task.observation_scale)
         subgoal_scale = torch.tensor(task.subgoal_scale)
         seen = slice(task.low_blind, task.state_dim)
-        low_scale = torch.cat([observation_scale[seen], 1 / subgoal_scale])
-        low_scale[task.state_dim - task.low_blind - 1] = 1.0  # time: a gait need not know it
+        low_state_scale = observation_scale[seen].clone()
+        low_state_scale[-1] = 1.0  # time: a gait need not know it
+        low_scale = torch.cat([low_state_scale, 1 / subgoal_scale])
         one = torch.ones(task.action_dim)  # the half-range of actions
         if config.units == "range":  # Differs 1: networks see numbers of order one
             low_scales = dict(state_scale=low_scale, action_scale=one)

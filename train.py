@@ -136,7 +136,7 @@ def main(argv=None):
             return profile.profile(given, train)
         run = runs.resume(given) if "resume" in given else runs.start(given)
         with contextlib.closing(run):
-            with run.room():
+            with run.set_up():
                 agent = HIRO(run.task, run.config, run.num_envs, run.seed, run.device)
             train(agent, run)
 

@@ -247,14 +247,15 @@ class Run:
         prepare(self.threads)
 
     @contextlib.contextmanager
-    def room(self):
-        """For making what may be too large for this machine."""
+    def set_up(self):
+        """Around making the agent: what is too large for this machine leaves no run behind."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:  # torch's has the reason in its first line
             with contextlib.suppress(OSError):
                 self.folder.rmdir()  # if this has just made it
             raise UserError(f"cannot set the run up: {str(error).splitlines()[0]}") from None
+        save_json(self.folder / "config.json", self.record)
 
     PLAIN = ("seconds", "sums", "counts", "warnings", "best")  # saved as they are
 
@@ -265,7 +266,6 @@ class Run:
         self.eval_envs = make_envs(self.task, min(self.eval_episodes, EVAL_COPIES), True)
         for name in STOP_SIGNALS:
             signal.signal(name, self.interrupt)
-        save_json(self.folder / "config.json", self.record)
         text = ",".join(self.columns) + "\n"
         if state := self.state:
             self.state = None  # it is as large as the replay buffers
