@@ -1,9 +1,7 @@
 """Where the time goes: python train.py --env AntMaze --profile [SECONDS] [flags].
 
-Real training, for a minute by default. Beside each part's milliseconds per environment step stands
-the least that they could be: its matrix products at the speed this machine reaches on one product
-of batch_size rows (relabelling: of all candidates and steps, in the precision that is used), and
-the simulator's bare mj_step, one copy after the other. On a GPU each part waits for the one before.
+Real training, for a minute by default, and each part's milliseconds per environment step. On a GPU
+each part waits for the one before.
 """
 
 import contextlib
@@ -14,9 +12,7 @@ import pathlib
 import tempfile
 import time
 
-import mujoco
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from harness.options import UserError, configs, flag
 from harness.runs import Run
@@ -73,43 +69,6 @@ class Stopwatch:
         setattr(owner, method, timed)
 
 
-def flops_per_second(rows, hidden, device, dtype=torch.float32):
-    """Of a product [rows, hidden] x [hidden, hidden]: the best of ten tries."""
-    a, b = (torch.randn(n, hidden, device=device).to(dtype) for n in (rows, hidden))
-    watch, tries = Stopwatch(device), []
-    repeats = 1 + 20_000 // rows
-    for _ in range(10):
-        start = watch.now()
-        for _ in range(repeats):
-            a @ b
-        tries.append((watch.now() - start) / repeats)
-    return 2 * rows * hidden**2 / min(tries)
-
-
-def flops(call, repeats=1):
-    """Of the matrix products in one call, the mean of several."""
-    with FlopCounterMode(display=False) as counter:
-        for _ in range(repeats):
-            call()
-    return counter.get_total_flops() / repeats
-
-
-def bare_simulator(env):
-    """Seconds of mj_step alone in one environment step; 0 for a task that is not of MuJoCo."""
-    model, frame_skip = getattr(env, "model", None), getattr(env, "frame_skip", 1)
-    if not isinstance(model, mujoco.MjModel):
-        return 0.0
-    data = mujoco.MjData(model)
-    repeats, tries = 50, []
-    for _ in range(10):
-        mujoco.mj_resetData(model, data)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            mujoco.mj_step(model, data, nstep=frame_skip)
-        tries.append((time.perf_counter() - start) / repeats)
-    return min(tries)
-
-
 def profile(given, train):
     """Train for given["profile"] seconds and print the table; leaves nothing behind.
 
@@ -134,7 +93,6 @@ def profile(given, train):
         watch = Stopwatch(agent.device)
         turns = 2 * config.policy_delay * config.subgoal_steps  # until all parts are at work
         run.train(train, agent, lambda: len(agent.turns(agent.steps)) < turns)
-        speeds, floors = measure_floors(agent, run)
         for owner, method, part in (
             (agent, "low_action", "acting"),
             (agent, "high_action", "acting"),
@@ -149,59 +107,14 @@ def profile(given, train):
         first = agent.steps
         run.train(train, agent, lambda: watch.now() - run.clock < seconds)
         elapsed = watch.now() - run.clock
-    show(run, agent.steps - first, elapsed, watch.seconds, speeds, floors)
+    show(run, agent.steps - first, elapsed, watch.seconds)
 
 
-def measure_floors(agent, run):
-    """The speeds of two products, {(rows, dtype): FLOP/s}, and {part: seconds per step}."""
-    config = agent.config
-    few = config.batch_size, torch.float32
-    many = config.num_corrected * config.num_candidates * config.subgoal_steps
-    many = many, torch.bfloat16 if agent.bfloat16 else torch.float32
-    speeds = {
-        (rows, dtype): flops_per_second(rows, config.hidden, agent.device, dtype)
-        for rows, dtype in (few, many)
-    }
-    batch = agent.high_buffer.sample(config.batch_size)
-    batch["action"] = batch["subgoal"]
-    obs = torch.zeros(run.num_envs, len(run.task.observation_scale), device=agent.device)
-    subgoal = agent.high_action(obs)
-    updating = flops(lambda: agent.high.update(batch), config.policy_delay)
-    relabelling = flops(agent.update_high, config.policy_delay) - updating
-    acting = flops(lambda: agent.low_action(obs, subgoal))
-    acting += flops(lambda: agent.high_action(obs)) / config.subgoal_steps
-    low = flops(agent.update_low, config.policy_delay)
-    segment = config.update_every * config.subgoal_steps
-    env = run.task(evaluate=False, render_mode=None)
-    floors = {
-        "acting": acting / run.num_envs / speeds[few],
-        "simulator": bare_simulator(env),
-        "storing": 0.0,
-        "low update": 0.0 if agent.low_rests else low / config.update_every / speeds[few],
-        "relabelling": relabelling / segment / speeds[many],
-        "high update": updating / segment / speeds[few],
-    }
-    env.close()
-    return speeds, floors
-
-
-def show(run, steps, elapsed, spent, speeds, floors):
-    """Print the table.
-
-    spent, floors  {part: seconds}, of the whole profile and of one environment step
-    """
-    agent = run.agent
-    print(f"{run.env}, {run.threads} thread(s), {run.num_envs} environment(s), {agent.device}")
+def show(run, steps, elapsed, spent):
+    """Print the table; spent {part: seconds} of the whole profile."""
+    print(f"{run.env}, {run.threads} thread(s), {run.num_envs} environment(s), {run.agent.device}")
     print(f"{steps:,} steps in {elapsed:.0f} s: {steps / elapsed:.1f} environment steps/s")
-    products = (
-        f"{speed / 1e9:.0f} GFLOP/s at {rows:,} rows ({str(dtype)[6:]})"
-        for (rows, dtype), speed in speeds.items()
-    )
-    print(f"products: {', '.join(products)}")
-    print(f"\n{'part':<16}{'ms per step':>12}{'floor':>10}")
-    rest, floor = elapsed - sum(spent.values()), sum(floors.values())
-    rows = {part: (spent[part], floors[part]) for part in PARTS}
-    rows |= {"everything else": (rest, 0.0), "total": (elapsed, floor)}
-    for part, (seconds, least) in rows.items():
-        print(f"{part:<16}{1e3 * seconds / steps:>12.3f}{1e3 * least:>10.3f}")
-    print(f"total / floor {elapsed / steps / floor:.2f}")
+    print(f"\n{'part':<16}{'ms per step':>12}")
+    rest = elapsed - sum(spent.values())
+    for part, seconds in {**spent, "everything else": rest, "total": elapsed}.items():
+        print(f"{part:<16}{1e3 * seconds / steps:>12.3f}")

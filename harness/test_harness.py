@@ -917,30 +917,18 @@ def test_a_film_shows_the_first_episode(whole_run, tmp_path, monkeypatch):
         assert np.asarray(film.convert("L")).std() > 10
 
 
-def test_profile_adds_up_and_counts_products_by_hand(tmp_path, monkeypatch):
+def test_profile_adds_up(tmp_path, monkeypatch):
     from harness import profile
 
     monkeypatch.setitem(profile.SHORT_START, "start_steps", 40)
     monkeypatch.chdir(tmp_path)
     code, out, _ = main("--env Ball --profile 0.5 --hidden 32 --batch-size 16")
-    table = {line[:16].strip(): line[16:].split() for line in out.splitlines()}
-    parts = [*profile.PARTS, "everything else"]
-    for column in (0, 1):
-        total = sum(float(table[part][column]) for part in parts)
-        assert math.isclose(total, float(table["total"][column]), abs_tol=0.01)
-    assert all(float(table[part][0]) >= 0 for part in parts)
-    assert float(table["relabelling"][1]) > 0 and float(table["high update"][1]) > 0
-    assert code == 0 and float(out.split()[-1]) > 1 and not list(tmp_path.iterdir())
-
-    # one low update: S inputs to the actor, S + A to the critic, H hidden units; see TD3.update
-    agent, S, A, H, B = HIRO(Ball, HIROConfig(hidden=16, batch_size=8)), 5, 2, 16, 8
-    fields = agent.low_buffer.fields.items()
-    agent.low_buffer.add(**{name: torch.zeros(20, *shape) for name, shape in fields})
-    actor, critic = S * H + H * H + H * A, (S + A) * H + H * H + H
-    hidden = H * H + H  # gradients with respect to a network's hidden units, not to its inputs
-    every = actor + 2 * critic + 2 * critic + 2 * (critic + hidden)
-    delayed = actor + critic + (hidden + (S + A) * H) + (actor + H * H + H * A)
-    assert profile.flops(agent.update_low, 2) == 2 * B * (every + delayed / 2)
+    rows = (line.rsplit(maxsplit=1) for line in out.splitlines()[4:])
+    table = {part: float(ms) for part, ms in rows}
+    *parts, total = table.values()
+    assert code == 0 and list(table) == [*profile.PARTS, "everything else", "total"]
+    assert min(parts) > 0 and math.isclose(sum(parts), total, abs_tol=0.01)
+    assert not list(tmp_path.iterdir())
 
 
 def test_profile_counts_a_nested_part_once(monkeypatch):
