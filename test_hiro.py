@@ -196,12 +196,16 @@ def test_updates_equal_a_naive_td3__2_1():
     for update in range(1, 6):
         batch, loss = td3_batch(seed=update), 0.0
         expected = {"q": q(critic, batch["state"], batch["action"])[0].mean().item()}
+        given, discount = batch, torch.full([32], 0.9)
+        if update > 3:  # rows that span several steps say so
+            discount = torch.linspace(0, 1, 32)
+            given = {**batch, "discount": discount}
         noise = torch.randn(32, 2, generator=generator)
         for i in range(32):
             state, action, reward, next_state, terminated = (part[i] for part in batch.values())
             smoothing = (std * noise[i]).minimum(clip).maximum(-clip)
             next_action = (mu(actor_target, next_state) + smoothing).minimum(high).maximum(-high)
-            bootstrap = 0.9 * min(q(critic_target, next_state, next_action)).item()
+            bootstrap = discount[i] * min(q(critic_target, next_state, next_action)).item()
             target = float(reward) + (0.0 if terminated else bootstrap)
             for value in q(critic, state, action):
                 error = abs(value - target)  # Huber
@@ -219,7 +223,7 @@ def test_updates_equal_a_naive_td3__2_1():
             for online, target in ((actor, actor_target), (critic, critic_target)):
                 for new, old in zip(online.parameters(), target.parameters(), strict=True):
                     old.data = 0.75 * old.data + 0.25 * new.data
-        found = {name: value.item() for name, value in td3.update(batch).items()}
+        found = {name: value.item() for name, value in td3.update(given).items()}
         assert found == pytest.approx(expected, 1e-4)
         for part, network in zip(parts, naive, strict=True):
             found, wanted = getattr(td3, part).parameters(), network.parameters()
@@ -302,10 +306,16 @@ def test_buffer_state_holds_what_was_written_and_nothing_else():
 # ------------------------------------------------------------ 3.1 who acts when, what is stored
 
 
-@pytest.mark.parametrize("num_envs, c", [(1, 5), (3, 6)])  # 5 divides the episode's 20 steps
-def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
+@pytest.mark.parametrize(  # 5 divides the episode's 20 steps
+    "num_envs, c, behind", [(1, 5, "bootstrap"), (3, 6, "last reward for ever"), (1, 6, "nothing")]
+)
+def test_both_buffers_hold_exactly_the_expected_tuples__3_1(
+    num_envs, c, behind, learn, monkeypatch
+):
     changes = dict(subgoal_steps=c, start_steps=10**6, low_noise=0.0, high_noise=0.0)
-    changes |= dict(low_reward_scale=0.5, high_reward_scale=0.1)
+    changes |= dict(low_reward_scale=0.5, high_reward_scale=0.1, n_step=3, high_discount=0.8)
+    changes |= dict(bootstrap_time_limit=behind == "bootstrap")
+    monkeypatch.setattr(ClockTask, "score", "return" if behind == "nothing" else "success_rate")
     agent = HIRO(ClockTask, small(**changes), num_envs)
     for level in agent.low, agent.high:
         stir(level.actor)
@@ -339,24 +349,38 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
 
     assert len(high["reward"]) == len(segments)
     assert {len(steps) for *_, steps in segments} > {c}, "some segments must be short"
-    for j, (_, _, first, steps) in enumerate(sorted(segments, key=lambda s: s[:2])):
-        states, actions, rewards, after, terminated = zip(*steps, strict=True)
+    segments = sorted(segments, key=lambda s: s[:2])
+    for j, (_, i, first, steps) in enumerate(segments):
+        states, actions, rewards, after, _ = zip(*steps, strict=True)
         rest = c - len(steps)
+        follow = [s[3] for s in segments[j:] if s[1] == i and s[3][0][0][2] == states[0][2]][:3]
+        rewards = [sum(step[2] for step in steps) for steps in follow]
+        *_, end, terminated = follow[-1][-1]
+        cut = end[0] == 20 and not terminated
+        if cut and behind == "last reward for ever":  # 4 = .8 + .8² + ..., in whole segments
+            rewards[-1] += 4 * rewards[-1] * c / len(follow[-1])
         for name, value in {
             "state": states[0],
             "subgoal": first,
             "states": [state[:5] for state in states] + rest * [np.zeros(5)],
             "actions": [*actions, *(rest * [np.zeros(2)])],
             "mask": len(steps) * [1] + rest * [0],
-            "reward": np.float32(0.1) * np.float32(sum(rewards)),
-            "next_state": after[-1],
-            "terminated": terminated[-1],
+            "end_state": after[-1][:5],
+            "segments": len(follow),
+            "next_state": end,
+            "terminated": terminated or cut and behind != "bootstrap",
         }.items():
             np.testing.assert_array_equal(high[name][j], value)
+        expected = 0.1 * sum(0.8**k * reward for k, reward in enumerate(rewards))
+        assert math.isclose(high["reward"][j], expected, rel_tol=1e-5)
+    assert {*high["segments"].tolist()} == {1, 2, 3} and 0 < high["terminated"].sum() < len(
+        segments
+    )
 
 
 def test_exploration_noise_has_the_stated_scale_and_is_clipped__C_2():
     ant, obs, zero = torch.tensor(ANT_RANGE), torch.zeros(99, 32), torch.zeros(99, 15)
+    fresh = torch.ones(99, dtype=torch.bool)
     for units, low_noise, low, high in (("range", 0.5, 0.5, 0.4 * ant), ("raw", 12, 12 / 30, 0.4)):
         noise = dict(low_noise=low_noise, high_noise=0.4)
         agent = HIRO(tasks.AntMaze, small(units=units, **noise))  # fresh actors answer 0 to 0
@@ -364,31 +388,39 @@ def test_exploration_noise_has_the_stated_scale_and_is_clipped__C_2():
         low_white, high_white = (torch.randn(99, width, generator=generator) for width in (8, 15))
         torch.testing.assert_close(agent.low_action(obs, zero), (low * low_white).clamp(-1, 1))
         expected = (high * high_white).minimum(ant).maximum(-ant)
-        torch.testing.assert_close(agent.high_action(obs), expected)
+        torch.testing.assert_close(agent.high_action(obs, fresh), expected)
 
 
 def test_each_level_starts_with_uniform_draws_for_as_long_as_it_is_told():
     noise = dict(low_noise=0.0, high_noise=0.0)
     agent = HIRO(tasks.AntMaze, small(low_uniform_steps=10, high_uniform_steps=20, **noise))
     obs, zero = torch.zeros(20_000, 32), torch.zeros(20_000, 15)
+    fresh = torch.ones(20_000, dtype=torch.bool)
     for agent.steps, low, high in ((9, True, True), (10, False, True), (20, False, False)):
         for uniform, draw, scale in (
             (low, agent.low_action(obs, zero), torch.ones(8)),
-            (high, agent.high_action(obs), torch.tensor(ANT_RANGE)),
+            (high, agent.high_action(obs, fresh), torch.tensor(ANT_RANGE)),
         ):
             quartiles = torch.quantile(draw / scale, torch.tensor([0.0, 0.25, 0.5, 0.75, 1]), dim=0)
             expected = torch.tensor([-1, -0.5, 0.0, 0.5, 1])[:, None].expand_as(quartiles)
             torch.testing.assert_close(quartiles, uniform * expected, atol=0.03, rtol=0)
 
 
-def test_a_share_of_subgoals_stays_uniformly_random():
-    agent = HIRO(tasks.PointMaze, small(high_random=0.3, high_noise=0.0))
-    obs = randn(20_000, 7)
-    subgoal, own = agent.high_action(obs), agent.high.act(obs)
-    random = (subgoal != own).all(1)
-    assert abs(random.float().mean() - 0.3) < 0.02
+def test_a_share_of_subgoals_stays_uniformly_random_and_the_same_for_a_while():
+    N, changes = 20_000, dict(high_random=0.3, high_random_length=4, high_noise=0.0)
+    agent = HIRO(tasks.PointMaze, small(**changes), num_envs=N)
+    obs, fresh = randn(N, 7), torch.arange(N) % 4 > 0
+    own, before, random = agent.high.act(obs), torch.zeros(N, 2), None
+    for _ in range(16):  # .75^16 is .01: what is drawn now does not know of the start
+        was_random, subgoal = random, agent.high_action(obs, fresh)
+        random = (subgoal != own).all(1)
+        repeated = (subgoal == before).all(1)
+        agent.segment["subgoal"] = before = subgoal
+    assert not agent.segment["random"][~fresh].any()  # their turn to draw has not come
+    assert abs(random[fresh].float().mean() - 0.3) < 0.02
     assert torch.equal(subgoal[~random], own[~random])
     assert ((subgoal[random] / 5).std(0) - 3**-0.5).abs().max() < 0.02  # uniform in ±5
+    assert abs(repeated[fresh & was_random].float().mean() - 0.75) < 0.02
 
 
 # ------------------------------------------------------------ 3.1, 3.3 learning
@@ -460,7 +492,7 @@ def test_correction_asks_today_s_low_level_with_the_agent_s_settings__3_3():
     agent = HIRO(tasks.PointMaze, config)
     batch = {name: randn(2000, *shape) for name, shape in agent.high_buffer.fields.items()}
     batch["mask"] = (torch.arange(10) < 4).float().expand(2000, 10)  # short segments
-    args = [batch[name] for name in ("states", "actions", "subgoal", "next_state")]
+    args = [batch[name] for name in ("states", "actions", "subgoal", "end_state")]
     args += torch.tensor([5.0, 5.0]), batch["mask"], 3, 0.3, 0.7
 
     def today(state, subgoal):
@@ -493,6 +525,7 @@ def test_high_update_learns_from_corrected_subgoals_and_stores_none__3_3(share, 
     assert len(batch["reward"]) == 8
     assert all(torch.equal(batch[name], rows[name]) for name in ("state", "reward", "next_state"))
     assert torch.equal(batch["action"], torch.cat([new, rows["subgoal"][n:]]))
+    assert torch.equal(batch["discount"], 0.99 ** rows["segments"])
     assert_same(given, [{name: part[:n] for name, part in rows.items()}] if n else [])
     shares = {8: [0.5, 0.5, 0], 2: [0.5, 0.5, 0], 1: [1, 0, 0]}
     assert "chosen" not in metrics if n == 0 else metrics["chosen"].tolist() == shares[n]
@@ -520,6 +553,7 @@ DEFAULT = {
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, candidate_center=1.0, candidate_spread=0.5),
     **dict(low_relabel=0.5, high_relabel=0.5, high_random=0.2, rest_step=None, rest_reach=0.4),
+    **dict(high_random_length=4, n_step=5, bootstrap_time_limit=False),
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", low_noise=1.0, high_noise=1.0),
@@ -528,6 +562,7 @@ PAPER = {  # appendix C and the authors' code
     **dict(low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
     **dict(low_relabel=0.0, high_relabel=1.0, high_random=0.0, rest_step=0),
+    **dict(n_step=1, bootstrap_time_limit=True),
 }
 
 

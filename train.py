@@ -22,8 +22,8 @@ def train(agent, run):
     obs, subgoal, clock = run.begin(agent)  # clock: steps since the subgoal was fresh
     while run.goes_on():
         fresh = clock == 0  # every c steps, and at an episode's first (Differs 11)
-        if fresh.any():
-            subgoal = torch.where(fresh[:, None], agent.high_action(obs), subgoal)  # g = mu^hi(s)
+        if fresh.any():  # g = mu^hi(s)
+            subgoal = torch.where(fresh[:, None], agent.high_action(obs, fresh), subgoal)
         action = agent.low_action(obs, subgoal)  # a = mu^lo(s, g)
         next_obs, reward, terminated, done = run.env_step(action)  # R, s'
         agent.count_steps(run.num_envs)
@@ -32,7 +32,9 @@ def train(agent, run):
         low_reward = intrinsic_reward(obs, subgoal, next_obs)  # r = -‖s + g - s'‖
         agent.remember_step(obs, subgoal, action, low_reward, next_obs, next_subgoal, terminated)
         ended = done | (clock == c - 1)
-        agent.remember_segment(clock, obs, subgoal, action, reward, next_obs, terminated, ended)
+        agent.remember_segment(
+            clock, obs, subgoal, action, reward, next_obs, terminated, done, ended
+        )
 
         for turn in agent.turns(run.num_envs):  # one for each environment step (C.2)
             if not agent.low_rests:
