@@ -29,7 +29,7 @@ class ReplayBuffer:
         return min(self.added, self.capacity)
 
     def add(self, **rows):
-        """Append n rows: each field [n, *shape], n <= capacity; returns their slots [n]."""
+        """Append n rows: each field [n, *shape]; n is at most the capacity."""
         if rows.keys() != self.fields.keys():
             raise KeyError(f"rows have {sorted(rows)}, the buffer has {sorted(self.fields)}")
         like = dict(dtype=torch.float32, device=self.storage.device)
@@ -40,13 +40,7 @@ class ReplayBuffer:
         fitting = min(n, self.capacity - first)
         self.storage[first : first + fitting] = flat[:fitting]
         self.storage[: n - fitting] = flat[fitting:]
-        slots = torch.arange(self.added, self.added + n, device=self.storage.device)
         self.added += n
-        return slots % self.capacity
-
-    def field(self, name):
-        """One field of all slots [capacity, *shape]: a view, so writing to it changes the rows."""
-        return self.storage[:, self.columns[name]].view(self.capacity, *self.fields[name])
 
     def sample(self, batch_size):
         """A dict of tensors [batch_size, *shape], rows drawn uniformly from those written."""

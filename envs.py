@@ -9,7 +9,7 @@ What HIRO must know of a task stands in its class attributes:
     action_dim         entries of an action
     low_blind          entries at the front of the state that the low level never sees (x and y)
     observation_scale  [obs] factor on each observation entry for the networks: metres, radians,
-                       5 m/s or rad/s, tens of seconds (the low level sees time raw)
+                       5 m/s or rad/s, time as it is (thousands of steps)
     action_unit        what action 1.0 means: torque (ant) or m/s (point)
     reward_scale       factor that brings the high level's Q, the discounted return, to order one
     score              what makes one policy better than another: success_rate or return
@@ -51,7 +51,7 @@ class AntMaze(gymnasium.Env):
     subgoal_scale = np.array([10, 10, 0.5, 1, 1, 1, 1] + [0.5, 0.3] * 4, np.float32)  # C.1
     action_dim = 8
     low_blind = 2
-    state_scale = np.array([1.0] * 15 + [0.2] * 14 + [10.0], np.float32)
+    state_scale = np.array([1.0] * 15 + [0.2] * 14 + [1.0], np.float32)
     observation_scale = np.append(state_scale, [1.0, 1.0]).astype(np.float32)
     action_unit = 30.0
     reward_scale = 0.0003
@@ -432,7 +432,7 @@ class PointMaze(AntMaze):
     state_dim = 5
     action_dim = 2
     subgoal_scale = np.array([5, 5], np.float32)
-    observation_scale = np.array([1, 1, 0.2, 0.2, 10, 1, 1], np.float32)
+    observation_scale = np.array([1, 1, 0.2, 0.2, 1, 1, 1], np.float32)
     action_unit = 4.0
     total_steps = 100_000
     random_subgoals = 20_000

@@ -101,11 +101,6 @@ class HIROConfig:
     )
     high_random: float = option(0.2, "share of subgoals that stay uniformly random", most=1)
     high_random_length: int = option(4, "subgoals in a row that are the same random one, mean", 1)
-    # Differs 18: returns that see the detour, and what it leads to
-    n_step: int = option(5, "n of the high level's n-step returns, in segments", 1)
-    bootstrap_time_limit: bool = option(
-        False, "high level: bootstrap where time is up; else as if the last reward went on"
-    )
     update_every: int = option(
         1, "environment steps per low-level update (C.2); high: c times that", 1
     )
@@ -154,8 +149,6 @@ PRESETS = {
         low_uniform_steps=0,
         high_uniform_steps=0,
         high_random=0.0,
-        n_step=1,
-        bootstrap_time_limit=True,
     ),
 }
 
@@ -269,7 +262,6 @@ class HIRO:
         actors = self.low.actor, self.high.actor
         self.policy = Policy(*actors, self.config.subgoal_steps, task.state_dim, task.low_blind)
         self._make_buffers(task, num_envs)
-        self.counts_last = task.score == "success_rate"  # or all that comes in an episode
         self.steps = 0  # environment steps so far, of all N together
 
     def _make_learners(self, task):
@@ -278,9 +270,7 @@ class HIRO:
         observation_scale = torch.tensor(task.observation_scale)
         subgoal_scale = torch.tensor(task.subgoal_scale)
         seen = slice(task.low_blind, task.state_dim)
-        low_state_scale = observation_scale[seen].clone()
-        low_state_scale[-1] = 1.0  # time: a gait need not know it
-        low_scale = torch.cat([low_state_scale, 1 / subgoal_scale])
+        low_scale = torch.cat([observation_scale[seen], 1 / subgoal_scale])
         one = torch.ones(task.action_dim)  # the half-range of actions
         if config.units == "range":  # Differs 1: networks see numbers of order one
             low_scales = dict(state_scale=low_scale, action_scale=one)
@@ -334,10 +324,8 @@ class HIRO:
             "states": (c, task.state_dim),  # s_t ... s_{t+c-1}, for the relabelling
             "actions": (c, task.action_dim),
             "mask": (c,),  # 1 for steps that happened
-            "end_state": (task.state_dim,),  # s_{t+c}
-            "segments": (),  # how many the rest spans: n, or as many as there were
             "reward": (),
-            "next_state": (len(task.observation_scale),),  # after the last of them
+            "next_state": (len(task.observation_scale),),  # at t + c
             "terminated": (),
         }
         self.low_buffer = ReplayBuffer(config.low_buffer_size, low_fields, **kwargs)
@@ -346,9 +334,6 @@ class HIRO:
             name: torch.zeros(num_envs, *high_fields[name], device=self.device)
             for name in ("state", "subgoal", "states", "actions", "reward")
         }
-        # slots of the episode's last n - 1 segments in the buffer, the newest first; -1: none
-        none = torch.full((num_envs, config.n_step - 1), -1, device=self.device)
-        self.segment["slots"] = none
         self.segment["random"] = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
 
     # ------------------------------------------------------------------ acting, to explore
@@ -407,9 +392,7 @@ class HIRO:
             terminated=terminated,
         )
 
-    def remember_segment(
-        self, clock, obs, subgoal, action, reward, next_obs, terminated, done, ended
-    ):
+    def remember_segment(self, clock, obs, subgoal, action, reward, next_obs, terminated, ended):
         """The high level's transition (s_{t:t+c-1}, g_t, a_{t:t+c-1}, sum of R, s_{t+c}).
 
         It grows by one step; where ended [N], after c steps or with the episode, it is stored.
@@ -425,51 +408,16 @@ class HIRO:
         if ended.any():
             steps = torch.arange(self.config.subgoal_steps, device=self.device)
             mask = (steps <= clock[ended, None]).float()
-            outcome = self.outcome(clock, next_obs, terminated, done)
-            outcome = {name: part[ended] for name, part in outcome.items()}
-            self.extend(segment["slots"][ended], **outcome)
-            slots = self.high_buffer.add(
+            self.high_buffer.add(
                 state=segment["state"][ended],
                 subgoal=segment["subgoal"][ended],
                 states=segment["states"][ended] * mask[..., None],
                 actions=segment["actions"][ended] * mask[..., None],
                 mask=mask,
-                end_state=next_obs[ended, : self.policy.state_dim],
-                segments=torch.ones(len(mask)),
-                **outcome,
+                reward=self.config.high_reward_scale * segment["reward"][ended],
+                next_state=next_obs[ended],
+                terminated=terminated[ended],
             )
-            slots = torch.cat([slots[:, None], segment["slots"][ended]], 1)
-            segment["slots"][ended] = slots[:, :-1]
-            segment["slots"][done] = -1
-
-    def outcome(self, clock, next_obs, terminated, done):
-        """What a segment brought [N], and where it led: reward, next_state, terminated.
-
-        Differs 18: where time is up, the return is not left to a critic that has never seen what
-        comes behind it. If the last step is what counts, its reward goes on for ever as it was in
-        the last segment; if it is the sum over an episode, nothing more comes.
-        """
-        config = self.config
-        reward = config.high_reward_scale * self.segment["reward"]
-        if not config.bootstrap_time_limit:
-            if self.counts_last:
-                ever = config.high_discount / (1 - config.high_discount)
-                lasting = reward * (1 + ever * config.subgoal_steps / (clock + 1))
-                reward = torch.where(done & (terminated == 0), lasting, reward)
-            terminated = done.float()
-        return {"reward": reward, "next_state": next_obs, "terminated": terminated}
-
-    def extend(self, slots, reward, next_state, terminated):
-        """Differs 18: n-step returns. What followed is added to the segments before.
-
-        slots  [E, n - 1]  of theirs in the buffer, the newest first; -1: none; the rest [E]
-        """
-        row, age = (slots >= 0).nonzero(as_tuple=True)
-        slots, field = slots[row, age], self.high_buffer.field
-        field("reward")[slots] += self.config.high_discount ** (age + 1) * reward[row]
-        field("next_state")[slots] = next_state[row]
-        field("terminated")[slots] = terminated[row]
-        field("segments")[slots] += 1
 
     # ------------------------------------------------------------------ learning
 
@@ -540,7 +488,6 @@ class HIRO:
             numbers = torch.arange(self.config.num_candidates, device=self.device)
             metrics["chosen"] = (index[:, None] == numbers).float().mean(0)
         batch["action"] = batch["subgoal"]
-        batch["discount"] = self.config.high_discount ** batch["segments"]
         return {**self.high.update(batch), **metrics}
 
     def correct(self, batch):
@@ -552,7 +499,7 @@ class HIRO:
                 batch["states"],
                 batch["actions"],
                 batch["subgoal"],
-                batch["end_state"],
+                batch["next_state"],
                 self.high.max_action,
                 mask=batch["mask"],
                 num_random=self.config.num_candidates - 2,

@@ -139,35 +139,31 @@ class TD3:
         return self.actor(state)
 
     @torch.no_grad()
-    def target_q(self, reward, next_state, terminated, discount=None):
+    def target_q(self, reward, next_state, terminated):
         """y = r + gamma (1 - terminated) min(Q1', Q2')(s', pi'(s') + clipped noise).
 
         Only termination stops the bootstrap; a time limit is no termination.
-        discount  [B] in place of gamma, for rows that span more than one step: gamma^n
         """
-        discount = self.discount if discount is None else discount
         action = self.actor_target(next_state)
         noise = torch.randn(action.shape, generator=self.generator, device=action.device)
         noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
         # Differs 12: clipped to the range, as in TD3
         action = (action + noise).clamp(-self.max_action, self.max_action)
         q1, q2 = self.critic_target(next_state, action)
-        return reward + discount * (1 - terminated.float()) * torch.min(q1, q2)
+        return reward + self.discount * (1 - terminated.float()) * torch.min(q1, q2)
 
     def update(self, batch):
         """One gradient step on the critics and, every policy_delay calls, on the actor.
 
         batch    state [B, S], action [B, A], reward [B], next_state [B, S], terminated [B] (0, 1
-                 or bool), discount [B] if it is not gamma everywhere;
-                 raises ValueError for a reward or flag that would broadcast
+                 or bool); raises ValueError for a reward or flag that would broadcast
         returns  metrics: scalar tensors, still on the device
         """
-        for name in {"reward", "terminated", "discount"} & batch.keys():
+        for name in ("reward", "terminated"):
             if batch[name].dim() != 1:
                 raise ValueError(f"{name} has shape {list(batch[name].shape)}, it must be [B]")
         self.updates += 1
-        follows = batch["next_state"], batch["terminated"], batch.get("discount")
-        target = self.target_q(batch["reward"], *follows)
+        target = self.target_q(batch["reward"], batch["next_state"], batch["terminated"])
         q1, q2 = self.critic(batch["state"], batch["action"])
         critic_loss = F.huber_loss(q1, target) + F.huber_loss(q2, target)
         self.critic_optimizer.zero_grad(set_to_none=False)

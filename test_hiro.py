@@ -196,16 +196,12 @@ def test_updates_equal_a_naive_td3__2_1():
     for update in range(1, 6):
         batch, loss = td3_batch(seed=update), 0.0
         expected = {"q": q(critic, batch["state"], batch["action"])[0].mean().item()}
-        given, discount = batch, torch.full([32], 0.9)
-        if update > 3:  # rows that span several steps say so
-            discount = torch.linspace(0, 1, 32)
-            given = {**batch, "discount": discount}
         noise = torch.randn(32, 2, generator=generator)
         for i in range(32):
             state, action, reward, next_state, terminated = (part[i] for part in batch.values())
             smoothing = (std * noise[i]).minimum(clip).maximum(-clip)
             next_action = (mu(actor_target, next_state) + smoothing).minimum(high).maximum(-high)
-            bootstrap = discount[i] * min(q(critic_target, next_state, next_action)).item()
+            bootstrap = 0.9 * min(q(critic_target, next_state, next_action)).item()
             target = float(reward) + (0.0 if terminated else bootstrap)
             for value in q(critic, state, action):
                 error = abs(value - target)  # Huber
@@ -223,7 +219,7 @@ def test_updates_equal_a_naive_td3__2_1():
             for online, target in ((actor, actor_target), (critic, critic_target)):
                 for new, old in zip(online.parameters(), target.parameters(), strict=True):
                     old.data = 0.75 * old.data + 0.25 * new.data
-        found = {name: value.item() for name, value in td3.update(given).items()}
+        found = {name: value.item() for name, value in td3.update(batch).items()}
         assert found == pytest.approx(expected, 1e-4)
         for part, network in zip(parts, naive, strict=True):
             found, wanted = getattr(td3, part).parameters(), network.parameters()
@@ -306,16 +302,10 @@ def test_buffer_state_holds_what_was_written_and_nothing_else():
 # ------------------------------------------------------------ 3.1 who acts when, what is stored
 
 
-@pytest.mark.parametrize(  # 5 divides the episode's 20 steps
-    "num_envs, c, behind", [(1, 5, "bootstrap"), (3, 6, "last reward for ever"), (1, 6, "nothing")]
-)
-def test_both_buffers_hold_exactly_the_expected_tuples__3_1(
-    num_envs, c, behind, learn, monkeypatch
-):
+@pytest.mark.parametrize("num_envs, c", [(1, 5), (3, 6)])  # 5 divides the episode's 20 steps
+def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
     changes = dict(subgoal_steps=c, start_steps=10**6, low_noise=0.0, high_noise=0.0)
-    changes |= dict(low_reward_scale=0.5, high_reward_scale=0.1, n_step=3, high_discount=0.8)
-    changes |= dict(bootstrap_time_limit=behind == "bootstrap")
-    monkeypatch.setattr(ClockTask, "score", "return" if behind == "nothing" else "success_rate")
+    changes |= dict(low_reward_scale=0.5, high_reward_scale=0.1)
     agent = HIRO(ClockTask, small(**changes), num_envs)
     for level in agent.low, agent.high:
         stir(level.actor)
@@ -349,33 +339,20 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(
 
     assert len(high["reward"]) == len(segments)
     assert {len(steps) for *_, steps in segments} > {c}, "some segments must be short"
-    segments = sorted(segments, key=lambda s: s[:2])
-    for j, (_, i, first, steps) in enumerate(segments):
-        states, actions, rewards, after, _ = zip(*steps, strict=True)
+    for j, (_, _, first, steps) in enumerate(sorted(segments, key=lambda s: s[:2])):
+        states, actions, rewards, after, terminated = zip(*steps, strict=True)
         rest = c - len(steps)
-        follow = [s[3] for s in segments[j:] if s[1] == i and s[3][0][0][2] == states[0][2]][:3]
-        rewards = [sum(step[2] for step in steps) for steps in follow]
-        *_, end, terminated = follow[-1][-1]
-        cut = end[0] == 20 and not terminated
-        if cut and behind == "last reward for ever":  # 4 = .8 + .8² + ..., in whole segments
-            rewards[-1] += 4 * rewards[-1] * c / len(follow[-1])
         for name, value in {
             "state": states[0],
             "subgoal": first,
             "states": [state[:5] for state in states] + rest * [np.zeros(5)],
             "actions": [*actions, *(rest * [np.zeros(2)])],
             "mask": len(steps) * [1] + rest * [0],
-            "end_state": after[-1][:5],
-            "segments": len(follow),
-            "next_state": end,
-            "terminated": terminated or cut and behind != "bootstrap",
+            "reward": np.float32(0.1) * np.float32(sum(rewards)),
+            "next_state": after[-1],
+            "terminated": terminated[-1],
         }.items():
             np.testing.assert_array_equal(high[name][j], value)
-        expected = 0.1 * sum(0.8**k * reward for k, reward in enumerate(rewards))
-        assert math.isclose(high["reward"][j], expected, rel_tol=1e-5)
-    assert {*high["segments"].tolist()} == {1, 2, 3} and 0 < high["terminated"].sum() < len(
-        segments
-    )
 
 
 def test_exploration_noise_has_the_stated_scale_and_is_clipped__C_2():
@@ -492,7 +469,7 @@ def test_correction_asks_today_s_low_level_with_the_agent_s_settings__3_3():
     agent = HIRO(tasks.PointMaze, config)
     batch = {name: randn(2000, *shape) for name, shape in agent.high_buffer.fields.items()}
     batch["mask"] = (torch.arange(10) < 4).float().expand(2000, 10)  # short segments
-    args = [batch[name] for name in ("states", "actions", "subgoal", "end_state")]
+    args = [batch[name] for name in ("states", "actions", "subgoal", "next_state")]
     args += torch.tensor([5.0, 5.0]), batch["mask"], 3, 0.3, 0.7
 
     def today(state, subgoal):
@@ -525,7 +502,6 @@ def test_high_update_learns_from_corrected_subgoals_and_stores_none__3_3(share, 
     assert len(batch["reward"]) == 8
     assert all(torch.equal(batch[name], rows[name]) for name in ("state", "reward", "next_state"))
     assert torch.equal(batch["action"], torch.cat([new, rows["subgoal"][n:]]))
-    assert torch.equal(batch["discount"], 0.99 ** rows["segments"])
     assert_same(given, [{name: part[:n] for name, part in rows.items()}] if n else [])
     shares = {8: [0.5, 0.5, 0], 2: [0.5, 0.5, 0], 1: [1, 0, 0]}
     assert "chosen" not in metrics if n == 0 else metrics["chosen"].tolist() == shares[n]
@@ -553,7 +529,7 @@ DEFAULT = {
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, candidate_center=1.0, candidate_spread=0.5),
     **dict(low_relabel=0.5, high_relabel=0.5, high_random=0.2, rest_step=None, rest_reach=0.4),
-    **dict(high_random_length=4, n_step=5, bootstrap_time_limit=False),
+    **dict(high_random_length=4),
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", low_noise=1.0, high_noise=1.0),
@@ -562,7 +538,6 @@ PAPER = {  # appendix C and the authors' code
     **dict(low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
     **dict(low_relabel=0.0, high_relabel=1.0, high_random=0.0, rest_step=0),
-    **dict(n_step=1, bootstrap_time_limit=True),
 }
 
 
@@ -578,11 +553,11 @@ def test_presets__C():
 
 def test_what_networks_see_and_noise_is_measured_in__C_1():
     one, ant = torch.ones, torch.tensor(ANT_RANGE)
-    state = torch.tensor(13 * [1] + 14 * [0.2] + [10])  # without x and y
+    state = torch.tensor(13 * [1] + 14 * [0.2] + [1])  # without x and y
     place = torch.ones(2)
     own, raw = (HIRO(tasks.AntMaze, small(units=units)) for units in ("range", "raw"))
     for level, actor_sees, critic_sees_besides, limit, unit in (
-        (own.low, torch.cat([state[:-1], one(1), 1 / ant]), one(8), one(8), one(8)),
+        (own.low, torch.cat([state, 1 / ant]), one(8), one(8), one(8)),
         (own.high, torch.cat([place, state, place]), 1 / ant, ant, ant),
         (raw.low, one(43), 30 * one(8), one(8), one(8) / 30),
         (raw.high, one(32), one(15), ant, one(15)),
@@ -734,13 +709,13 @@ def make(name, **kwargs):
     return env
 
 
-STATE = 15 * [1] + 14 * [0.2] + [10]
+STATE = 15 * [1] + 14 * [0.2] + [1]
 ANT = dict(state_dim=30, action_dim=8, low_blind=2, subgoal_scale=ANT_RANGE, action_unit=30)
 ANT |= dict(max_steps=500, total_steps=10**7, random_subgoals=100_000, score="success_rate")
 ANT |= dict(reward_scale=3e-4, observation_scale=STATE + [1, 1], rest_step=0)
 POINT = dict(state_dim=5, action_dim=2, low_blind=2, subgoal_scale=[5, 5], action_unit=4)
 POINT |= dict(max_steps=300, total_steps=10**5, random_subgoals=20_000, score="success_rate")
-POINT |= dict(reward_scale=3e-4, observation_scale=[1, 1, 0.2, 0.2, 10, 1, 1], rest_step=0)
+POINT |= dict(reward_scale=3e-4, observation_scale=[1, 1, 0.2, 0.2, 1, 1, 1], rest_step=0)
 ATTRIBUTES = {
     "AntMaze": dict(ANT, rest_step=1_000_000),
     "AntPush": ANT,

@@ -32,9 +32,7 @@ def train(agent, run):
         low_reward = intrinsic_reward(obs, subgoal, next_obs)  # r = -‖s + g - s'‖
         agent.remember_step(obs, subgoal, action, low_reward, next_obs, next_subgoal, terminated)
         ended = done | (clock == c - 1)
-        agent.remember_segment(
-            clock, obs, subgoal, action, reward, next_obs, terminated, done, ended
-        )
+        agent.remember_segment(clock, obs, subgoal, action, reward, next_obs, terminated, ended)
 
         for turn in agent.turns(run.num_envs):  # one for each environment step (C.2)
             if not agent.low_rests:

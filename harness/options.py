@@ -200,8 +200,6 @@ def validate(run, config):
     rule = f"must not exceed the replay buffers' size, {smaller}"
     require(config.batch_size <= smaller, "batch_size", rule)
     require(run.num_envs <= smaller, "num_envs", rule)
-    endless = config.high_discount == 1 and not config.bootstrap_time_limit
-    require(not endless, "high_discount", "must be below 1 without --bootstrap-time-limit")
     if run.device == "cuda":
         require(torch.cuda.is_available(), "device", "torch finds no CUDA device here; use cpu")
 
