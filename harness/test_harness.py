@@ -318,6 +318,17 @@ def test_a_broken_run_takes_its_worker_processes_along(tmp_path):
     assert ended.returncode == 2 and "low_q is not finite" in ended.stderr
 
 
+def test_a_simulation_that_blows_up_says_so_and_is_not_put_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log where it runs
+    env = tasks.AntMaze()
+    env.reset(seed=0)
+    env.data.warning.number[:] = 1  # of an earlier step
+    assert env.step(np.zeros(8))[4]["simulator_warnings"] == 0
+    env.data.qvel[0] = 1e12
+    obs, *_, info = env.step(np.zeros(8))
+    assert info["simulator_warnings"] > 0 and not np.abs(obs[:2]).max() < 1e9
+
+
 @pytest.mark.parametrize(
     "what, owner, name, every",
     [
@@ -434,6 +445,22 @@ def test_every_seed_and_every_copy_has_its_own_luck(tmp_path, monkeypatch):
     assert not torch.equal(*weights)
     # A buffer for 200,000 transitions of which 30 are in use makes a small file.
     assert runs.checkpoints(tmp_path / "1")[0].stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("correction", [True, False])
+def test_updates_never_wait_for_the_device(correction, monkeypatch):
+    """No number of theirs comes back before someone asks: on a GPU that would cost milliseconds."""
+    agent = HIRO(Ball, HIROConfig(hidden=16, batch_size=8, correction=correction))
+    for buffer in agent.low_buffer, agent.high_buffer:
+        buffer.add(**{name: torch.randn(20, *shape) for name, shape in buffer.fields.items()})
+    waiting = ["item", "tolist", "numpy", "cpu", "nonzero"]
+    waiting += ["__bool__", "__int__", "__float__", "__index__", "__array__"]
+    for name in waiting:
+        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("an update waited"))
+    for _ in range(agent.config.policy_delay):
+        metrics = agent.update_low(), agent.update_high()
+    monkeypatch.undo()
+    assert all(torch.isfinite(value).all() for part in metrics for value in part.values())
 
 
 def test_a_level_that_does_not_learn_leaves_its_columns_empty(whole_runs, tmp_path):
