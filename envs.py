@@ -4,7 +4,7 @@ Importing this module registers them with gymnasium as hiro/AntMaze-v0 and so on
 is one flat vector, [state, task features]; a subgoal is a change of the first entries of the state.
 What HIRO must know of a task stands in its class attributes:
 
-    state_dim          entries of the state, ending with the time, at the front of an observation
+    state_dim          entries of the state at the front of the observation
     subgoal_scale [d]  half-range of each subgoal dimension (m, m, m, quaternion, rad)
     action_dim         entries of an action
     low_blind          entries at the front of the state that the low level never sees (x and y)

@@ -111,11 +111,6 @@ class HIROConfig:
     candidate_center: float = option(1.0, "random candidates' mean, in units of s_{t+c} - s_t")
     candidate_spread: float = option(0.5, "random candidates' std, in half-ranges (C.3)")
 
-    @property
-    def num_corrected(self):
-        """Samples of a high-level batch that the correction sees."""
-        return max(1, round(self.high_relabel * self.batch_size))
-
     def for_task(self, task):
         """This configuration with what it leaves to the task filled in."""
         of_task = {
@@ -355,8 +350,7 @@ class HIRO:
         self.segment["random"] = torch.where(fresh, held | new, self.segment["random"])
         subgoal = torch.where(held[:, None], self.segment["subgoal"], subgoal)
         uniform = self._uniform(len(obs), self.high.max_action)
-        subgoal = torch.where(new[:, None], uniform, subgoal)
-        return subgoal
+        return torch.where(new[:, None], uniform, subgoal)
 
     @torch.no_grad()
     def low_action(self, obs, subgoal):
@@ -483,7 +477,7 @@ class HIRO:
         batch = self.high_buffer.sample(self.config.batch_size)
         metrics = {}
         if self.config.correction:
-            n = self.config.num_corrected
+            n = max(1, round(self.config.high_relabel * self.config.batch_size))
             batch["subgoal"][:n], index = self.correct({k: part[:n] for k, part in batch.items()})
             numbers = torch.arange(self.config.num_candidates, device=self.device)
             metrics["chosen"] = (index[:, None] == numbers).float().mean(0)
