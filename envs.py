@@ -15,8 +15,8 @@ What HIRO must know of a task stands in its class attributes:
     score              what makes one policy better than another: success_rate or return
     total_steps        environment steps of one training run
     random_subgoals    environment steps at its start with uniformly random subgoals, until the
-                       low level goes where it is told (--preset td3)
-    rest_step          environment step up to which the low level learns; 0: no end (--preset td3)
+                       low level goes where it is told
+    rest_step          environment step up to which the low level learns; 0: no end
 """
 
 import os

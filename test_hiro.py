@@ -910,6 +910,18 @@ def test_push_block_bars_the_way_until_it_is_pushed_aside__B():
     assert drag(env, (0, 1.5), arrived), "the way is open"
 
 
+@pytest.mark.parametrize("name, radius, force", [("PointMaze", 0.4, 80), ("PointPush", 0.7, 6)])
+def test_the_ball_is_driven_by_velocity(name, radius, force):
+    model = make(name).model
+    ball = [i for i in range(model.ngeom) if model.geom_type[i] == mujoco.mjtGeom.mjGEOM_SPHERE]
+    assert model.geom_size[ball][:, 0].tolist() == [radius] and model.body("torso").mass == 1
+    assert (model.geom_condim[ball], model.geom_conaffinity[ball]) == (1, 0)
+    assert model.opt.timestep == 0.02 and model.opt.integrator == 1
+    kv, bias = model.actuator_gainprm[:, 0], model.actuator_biasprm[:, 2]
+    assert kv.tolist() == [20, 20] and bias.tolist() == [-20, -20]
+    assert (model.actuator_forcerange == [-force, force]).all()
+
+
 def test_the_ball_must_go_round_the_block__B():
     for way, arrives in (([(0, 19)], False), ([(-8, 0), (-8, 8), (0.3, 8), (0, 19)], True)):
         env, place = make("PointPush", evaluate=True), (0, 0)

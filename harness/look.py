@@ -43,7 +43,7 @@ class Viewer:
         if window:
             self.plan += " in a window; Esc ends it"
         if film:
-            self.plan += ", filmed; --eval-episodes N plays more" if alone else ", the first filmed"
+            self.plan += ", filmed" if alone else ", the first filmed"
 
     def watch(self, t, obs, subgoal):
         for watcher in self.watchers:

@@ -441,8 +441,9 @@ class Terminal:
             print("the run is complete; --total-steps makes it longer")
         elif step <= config.start_steps:
             low, high = config.start_steps, max(config.start_steps, config.high_uniform_steps)
-            when = f"learning begins after {low:,} steps, the high level's after {high:,}"
-            print(when if total > low else f"nothing is learned: {when}, and the run ends before")
+            print(f"learning begins after {low:,} steps, the high level's after {high:,}")
+            if total <= low:
+                print("nothing is learned: the run ends before")
         print("".join(f"{title:>11}" for title in self.TITLES), flush=True)
         self.look(step)
 

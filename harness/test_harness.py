@@ -589,7 +589,9 @@ def test_the_terminal_says_what_happens(tmp_path, scripted):
     assert f"python train.py --eval-only {tmp_path}/run/policy.pt" in last
     for end, nothing in ((10, True), (11, False)):
         line = f"--high-uniform-steps 30 --total-steps {end} --run-dir {tmp_path / str(end)}"
-        assert ("nothing is learned: " in main(LEARNING, line)[1]) == nothing
+        out = main(LEARNING, line)[1]
+        assert ("nothing is learned: " in out) == nothing
+        assert max(map(len, out.splitlines()[1:4])) <= 80
     assert "learning begins" not in main("--resume", tmp_path / "run", "--total-steps 70")[1]
 
 

@@ -21,7 +21,7 @@ EPISODES = 50
 
 def push(x, y, z, block):
     """Push's way: left, up beside the block, right, up through the gap. Arrays over time."""
-    aside = block[:, 0] > 4
+    aside = block[:, 0] > 1.5  # m: room for the ant
     first = aside.argmax() if aside.any() else len(x)
     return {
         "turns left": (x < -3).any(),
