@@ -105,8 +105,6 @@ class HIROConfig:
         1, "environment steps per low-level update (C.2); high: c times that", 1
     )
     correction: bool = option(True, "relabel subgoals, the off-policy correction (3.3)")
-    # Differs 9: the critic goes on seeing the subgoals that its actor asks for
-    high_relabel: float = option(0.5, "share of high samples that are corrected (3.3)", TINY, 1)
     num_candidates: int = option(10, "candidates per relabelled subgoal, 2 fixed + random (C.3)", 2)
     candidate_center: float = option(1.0, "random candidates' mean, in units of s_{t+c} - s_t")
     candidate_spread: float = option(0.5, "random candidates' std, in half-ranges (C.3)")
@@ -127,7 +125,6 @@ PRESETS = {
     "paper": dict(
         low_relabel=0.0,
         rest_step=0,
-        high_relabel=1.0,
         low_reward_scale=1.0,
         low_discount=0.99,
         high_discount=0.99,
@@ -477,8 +474,7 @@ class HIRO:
         batch = self.high_buffer.sample(self.config.batch_size)
         metrics = {}
         if self.config.correction:
-            n = max(1, round(self.config.high_relabel * self.config.batch_size))
-            batch["subgoal"][:n], index = self.correct({k: part[:n] for k, part in batch.items()})
+            batch["subgoal"], index = self.correct(batch)
             numbers = torch.arange(self.config.num_candidates, device=self.device)
             metrics["chosen"] = (index[:, None] == numbers).float().mean(0)
         batch["action"] = batch["subgoal"]

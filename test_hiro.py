@@ -43,7 +43,7 @@ def stir(network, size=0.3, seed=3):
 def small(**changes):
     """An agent's configuration that learns nothing useful, quickly."""
     few = dict(hidden=16, batch_size=8, start_steps=40, low_uniform_steps=0, high_uniform_steps=0)
-    few |= dict(high_random=0.0, low_relabel=0.0, high_relabel=1.0)
+    few |= dict(high_random=0.0, low_relabel=0.0)
     return HIROConfig(**{**few, **changes})
 
 
@@ -488,23 +488,22 @@ def test_correction_asks_today_s_low_level_with_the_agent_s_settings__3_3():
         assert 0 < changed.float().mean() < 0.05
 
 
-@pytest.mark.parametrize("share, n", [(1.0, 8), (0.3, 2), (0.01, 1), (0.0, 0)])
-def test_high_update_learns_from_corrected_subgoals_and_stores_none__3_3(share, n):
-    changes = {"high_relabel": share} if n else {"correction": False}
-    agent = HIRO(tasks.PointMaze, small(num_candidates=3, **changes))
+@pytest.mark.parametrize("correction", [True, False])
+def test_high_update_learns_from_corrected_subgoals_and_stores_none__3_3(correction):
+    agent = HIRO(tasks.PointMaze, small(num_candidates=3, correction=correction))
     seen, given = remembering(agent), []
     before = copy.deepcopy(agent.high_buffer.rows())
-    new, index = torch.full((n, 2), 7.0), torch.arange(n) % 2
+    new, index = torch.full((8, 2), 7.0), torch.arange(8) % 2
     agent.correct = lambda batch: given.append(copy.deepcopy(batch)) or (new, index)
     metrics = agent.update_high()
     assert_same(agent.high_buffer.rows(), before)
     batch, rows = seen[0], stored_as(seen[0], agent.high_buffer)
     assert len(batch["reward"]) == 8
     assert all(torch.equal(batch[name], rows[name]) for name in ("state", "reward", "next_state"))
-    assert torch.equal(batch["action"], torch.cat([new, rows["subgoal"][n:]]))
-    assert_same(given, [{name: part[:n] for name, part in rows.items()}] if n else [])
-    shares = {8: [0.5, 0.5, 0], 2: [0.5, 0.5, 0], 1: [1, 0, 0]}
-    assert "chosen" not in metrics if n == 0 else metrics["chosen"].tolist() == shares[n]
+    assert torch.equal(batch["action"], new if correction else rows["subgoal"])
+    assert_same(given, [rows] if correction else [])
+    assert "chosen" in metrics if correction else "chosen" not in metrics
+    assert not correction or metrics["chosen"].tolist() == [0.5, 0.5, 0]
 
 
 def test_each_level_gets_its_own_hyperparameters__C_2():
@@ -528,7 +527,7 @@ DEFAULT = {
     **dict(low_reward_scale=0.1, high_reward_scale=None),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, candidate_center=1.0, candidate_spread=0.5),
-    **dict(low_relabel=0.5, high_relabel=0.5, high_random=0.2, rest_step=None, rest_reach=0.4),
+    **dict(low_relabel=0.5, high_random=0.2, rest_step=None, rest_reach=0.4),
     **dict(high_random_length=4),
 }
 PAPER = {  # appendix C and the authors' code
@@ -537,7 +536,7 @@ PAPER = {  # appendix C and the authors' code
     **dict(low_actor_lr=1e-4, low_critic_lr=1e-3, high_actor_lr=1e-4, high_critic_lr=1e-3),
     **dict(low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
-    **dict(low_relabel=0.0, high_relabel=1.0, high_random=0.0, rest_step=0),
+    **dict(low_relabel=0.0, high_random=0.0, rest_step=0),
 }
 
 

@@ -723,7 +723,6 @@ BAD_INPUTS = {
     POINT + "--low-noise inf": "must be at least 0, and finite",
     POINT + "--low-noise -0.1": "must be at least 0, and finite",
     POINT + "--low-actor-lr 0": "must be positive",
-    POINT + "--high-relabel 0": "must be above 0, at most 1",
     POINT + "--rest-reach 4": "must be above 0, at most 1",
     POINT + "--rest-step 10000": "more than --start-steps 10000",
     POINT + "--units metres": "argument --units: invalid choice: 'metres'",
