@@ -101,6 +101,12 @@ class HIROConfig:
     )
     high_random: float = option(0.2, "share of subgoals that stay uniformly random", most=1)
     high_random_length: int = option(4, "subgoals in a row that are the same random one, mean", 1)
+    # Differs 9: what the state leaves out, no bootstrap could pass on
+    critic_sees_hidden: bool = option(
+        True, "in training the high level's critic sees what the state leaves out: blocks"
+    )
+    # Differs 18: tanh passes no gradient back from a corner of the range
+    squash_cost: float = option(0.01, "factor on an actor's squared outputs before tanh, its cost")
     update_every: int = option(
         1, "environment steps per low-level update (C.2); high: c times that", 1
     )
@@ -141,6 +147,8 @@ PRESETS = {
         low_uniform_steps=0,
         high_uniform_steps=0,
         high_random=0.0,
+        critic_sees_hidden=False,
+        squash_cost=0.0,
     ),
 }
 
@@ -248,6 +256,8 @@ class HIRO:
         self.bfloat16 = has_bfloat16(self.device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.subgoal_scale = torch.tensor(task.subgoal_scale, device=self.device)
+        # entries that an observation in training has at its end, besides what policies see
+        self.hidden_dim = task.hidden_dim if self.config.critic_sees_hidden else 0
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self._make_learners(task)
@@ -282,6 +292,8 @@ class HIRO:
                 policy_noise=config.policy_noise * unit,
                 noise_clip=config.noise_clip * unit,
                 policy_delay=config.policy_delay,
+                squash_cost=config.squash_cost,
+                critic_only=self.hidden_dim if level == "high" else 0,
                 hidden=config.hidden,
                 generator=self.generator,
                 device=self.device,
@@ -300,6 +312,7 @@ class HIRO:
     def _make_buffers(self, task, num_envs):
         """What each level remembers (3.1), and the high level's transitions under way."""
         config, d, c = self.config, len(self.subgoal_scale), self.config.subgoal_steps
+        seen = len(task.observation_scale) + self.hidden_dim  # by the high level's critic
         kwargs = dict(device=self.device, generator=self.generator)
         low_fields = {
             "state": (task.state_dim,),
@@ -311,13 +324,13 @@ class HIRO:
             "terminated": (),
         }
         high_fields = {
-            "state": (len(task.observation_scale),),  # what the high level saw, target included
+            "state": (seen,),  # target included
             "subgoal": (d,),
             "states": (c, task.state_dim),  # s_t ... s_{t+c-1}, for the relabelling
             "actions": (c, task.action_dim),
             "mask": (c,),  # 1 for steps that happened
             "reward": (),
-            "next_state": (len(task.observation_scale),),  # at t + c
+            "next_state": (seen,),  # at t + c
             "terminated": (),
         }
         self.low_buffer = ReplayBuffer(config.low_buffer_size, low_fields, **kwargs)
@@ -338,7 +351,7 @@ class HIRO:
         """
         if self.steps < self.config.high_uniform_steps:
             return self._uniform(len(obs), self.high.max_action)
-        subgoal = self._explore(self.high.actor(obs), self.high, self.high_noise)
+        subgoal = self._explore(self.high.act(obs), self.high, self.high_noise)
         # Differs 3: a random one stays for some segments, to lead where no single one does
         draw = torch.rand(2, len(obs), generator=self.generator, device=self.device)
         new = draw[0] < 1 / self.config.high_random_length

@@ -56,7 +56,10 @@ class Actor(nn.Module):
         self.net = mlp(len(self.state_scale), len(self.max_action), hidden)
 
     def forward(self, state):
-        return self.max_action * torch.tanh(self.net(state * self.state_scale))
+        return self.max_action * torch.tanh(self.before_tanh(state))
+
+    def before_tanh(self, state):
+        return self.net(state * self.state_scale)
 
 
 class Critic(nn.Module):
@@ -90,10 +93,13 @@ class TD3:
 
     max_action    [A]  half-range of the actions; actions and smoothed target actions stay inside
     state_scale   [S]  input factors, see Actor; action_scale [A] likewise, see Critic
+    critic_only        how many entries a state has besides, at its end, for the critics (factor 1)
     discount           gamma, per transition of the batch
     tau                targets move by this fraction at every delayed update
     policy_noise  [A]  std of the target policy smoothing; noise_clip [A] its clip
     policy_delay       actor and targets are updated at every policy_delay-th call
+    squash_cost        factor on the mean square of the actor's outputs before tanh, in its loss:
+                       keeps it where tanh has a slope (Andrychowicz et al. 2017, appendix A)
     generator          source of the smoothing noise (default: torch's global one)
     """
 
@@ -102,11 +108,13 @@ class TD3:
         max_action,
         state_scale,
         action_scale,
+        critic_only=0,
         discount=0.99,
         tau=0.005,
         policy_noise=0.2,
         noise_clip=0.5,
         policy_delay=2,
+        squash_cost=0.0,
         actor_lr=1e-4,
         critic_lr=1e-3,
         hidden=300,
@@ -114,9 +122,10 @@ class TD3:
         device="cpu",
     ):
         self.actor = Actor(max_action, state_scale, hidden).to(device)
-        self.critic = Critic(state_scale, action_scale, hidden).to(device)
+        critic_scale = torch.cat([torch.as_tensor(state_scale), torch.ones(critic_only)])
+        self.critic = Critic(critic_scale, action_scale, hidden).to(device)
         self.actor_target = Actor(max_action, state_scale, hidden).to(device)
-        self.critic_target = Critic(state_scale, action_scale, hidden).to(device)
+        self.critic_target = Critic(critic_scale, action_scale, hidden).to(device)
         self.actor_target.load_state_dict(self.actor.state_dict())
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.actor_target.requires_grad_(False)
@@ -128,6 +137,7 @@ class TD3:
 
         self.max_action = self.actor.max_action
         self.discount, self.tau, self.policy_delay = discount, tau, policy_delay
+        self.squash_cost = squash_cost
         self.policy_noise = torch.as_tensor(policy_noise, dtype=torch.float32, device=device)
         self.noise_clip = torch.as_tensor(noise_clip, dtype=torch.float32, device=device)
         self.generator = generator
@@ -136,7 +146,11 @@ class TD3:
     @torch.no_grad()
     def act(self, state):
         """The policy's action, without noise: state [..., S] -> [..., A]."""
-        return self.actor(state)
+        return self.actor(self._seen(state))
+
+    def _seen(self, state):
+        """What the actor sees of a state."""
+        return state[..., : len(self.actor.state_scale)]
 
     @torch.no_grad()
     def target_q(self, reward, next_state, terminated):
@@ -144,7 +158,7 @@ class TD3:
 
         Only termination stops the bootstrap; a time limit is no termination.
         """
-        action = self.actor_target(next_state)
+        action = self.actor_target(self._seen(next_state))
         noise = torch.randn(action.shape, generator=self.generator, device=action.device)
         noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
         # Differs 12: clipped to the range, as in TD3
@@ -156,7 +170,8 @@ class TD3:
         """One gradient step on the critics and, every policy_delay calls, on the actor.
 
         batch    state [B, S], action [B, A], reward [B], next_state [B, S], terminated [B] (0, 1
-                 or bool); raises ValueError for a reward or flag that would broadcast
+                 or bool); S includes critic_only; raises ValueError for a reward or flag that
+                 would broadcast
         returns  metrics: scalar tensors, still on the device
         """
         for name in ("reward", "terminated"):
@@ -173,8 +188,10 @@ class TD3:
 
         if self.updates % self.policy_delay == 0:  # Differs 13: Adam does not step in between
             self.critic.requires_grad_(False)  # the actor's gradient passes through, nothing stays
-            action = self.actor(batch["state"])
+            before = self.actor.before_tanh(self._seen(batch["state"]))
+            action = self.max_action * torch.tanh(before)
             actor_loss = -self.critic.q1(batch["state"], action).mean()
+            actor_loss = actor_loss + self.squash_cost * (before**2).mean()
             self.actor_optimizer.zero_grad(set_to_none=False)
             actor_loss.backward()
             self.actor_optimizer.step()

@@ -163,12 +163,13 @@ def test_relabel_equals_a_triple_loop__3_3(random, center, spread):
 
 def learner(**changes):
     args = dict(max_action=[1.0, 2.0], state_scale=[0.5, 1.0, 2.0], action_scale=[2.0, 0.5])
+    args |= dict(critic_only=1)
     torch.manual_seed(0)
     return TD3(**args, hidden=8, generator=torch.Generator().manual_seed(0), **changes)
 
 
 def td3_batch(seed=0):
-    state, action, reward, next_state, end = randn(5, 32, 3, seed=seed)
+    state, action, reward, next_state, end = randn(5, 32, 4, seed=seed)
     batch = dict(state=state, action=action[:, :2], reward=3 * reward[:, 0], next_state=next_state)
     return {**batch, "terminated": (end[:, 0] > 1).float()}
 
@@ -177,7 +178,7 @@ def test_updates_equal_a_naive_td3__2_1():
     """Fujimoto et al.'s algorithm 1, row by row; actor and targets at every second update (C.2)."""
     high, std, clip = torch.tensor([[1.0, 2.0], [0.4, 0.1], [0.5, 0.15]])
     noise = dict(policy_noise=std, noise_clip=clip)
-    td3 = learner(discount=0.9, tau=0.25, actor_lr=1e-3, critic_lr=2e-3, **noise)
+    td3 = learner(discount=0.9, tau=0.25, actor_lr=1e-3, critic_lr=2e-3, squash_cost=0.3, **noise)
     parts = "actor", "critic", "actor_target", "critic_target"
     for seed, part in enumerate(parts):
         stir(getattr(td3, part), 1.0, seed)
@@ -186,11 +187,14 @@ def test_updates_equal_a_naive_td3__2_1():
     adam = torch.optim.Adam(actor.parameters(), 1e-3), torch.optim.Adam(critic.parameters(), 2e-3)
     generator = torch.Generator().manual_seed(0)
 
-    def mu(network, state):  # the scales are units of what networks see
-        return high * torch.tanh(network.net(torch.tensor([0.5, 1.0, 2.0]) * state))
+    def before_tanh(network, state):  # the scales are units of what networks see
+        return network.net(torch.tensor([0.5, 1.0, 2.0]) * state[..., :3])  # the fourth: not seen
+
+    def mu(network, state):
+        return high * torch.tanh(before_tanh(network, state))
 
     def q(network, state, action):
-        seen = torch.tensor([0.5, 1.0, 2.0, 2.0, 0.5]) * torch.cat([state, action], -1)
+        seen = torch.tensor([0.5, 1.0, 2.0, 1.0, 2.0, 0.5]) * torch.cat([state, action], -1)
         return network.net1(seen)[..., 0], network.net2(seen)[..., 0]
 
     for update in range(1, 6):
@@ -212,8 +216,9 @@ def test_updates_equal_a_naive_td3__2_1():
         expected["critic_loss"] = loss.item()
         if update % 2 == 0:
             action = mu(actor, batch["state"])
+            squared = (before_tanh(actor, batch["state"]) ** 2).mean()
             adam[0].zero_grad()
-            (-q(critic, batch["state"], action)[0].mean()).backward()
+            (0.3 * squared - q(critic, batch["state"], action)[0].mean()).backward()
             adam[0].step()
             expected["saturation"] = (action.abs() > 0.95 * high).float().mean().item()
             for online, target in ((actor, actor_target), (critic, critic_target)):
@@ -528,7 +533,7 @@ DEFAULT = {
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, candidate_center=1.0, candidate_spread=0.5),
     **dict(low_relabel=0.5, high_random=0.2, rest_step=None, rest_reach=0.4),
-    **dict(high_random_length=4),
+    **dict(high_random_length=4, critic_sees_hidden=True, squash_cost=0.01),
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", low_noise=1.0, high_noise=1.0),
@@ -537,6 +542,7 @@ PAPER = {  # appendix C and the authors' code
     **dict(low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
     **dict(low_relabel=0.0, high_random=0.0, rest_step=0),
+    **dict(critic_sees_hidden=False, squash_cost=0.0),
 }
 
 
@@ -569,6 +575,23 @@ def test_what_networks_see_and_noise_is_measured_in__C_1():
             (level.noise_clip, 0.5 * unit),
         ):
             torch.testing.assert_close(found, expected)
+
+
+def test_nothing_but_the_high_level_s_critic_sees_the_block(learn):
+    agent = HIRO(tasks.PointPush, small())
+    learn(agent, 60, tasks.PointPush)
+    low, high = agent.low_buffer.rows(), agent.high_buffer.rows()
+    assert (low["state"].shape[1], high["state"].shape[1], high["next_state"].shape[1]) == (5, 9, 9)
+    scale = torch.tensor([1, 1, 0.2, 0.2])  # m, m, and of the subgoal
+    torch.testing.assert_close(agent.high.critic.scale[-4:], scale)
+    with_block, state = high["state"], high["state"].clone()
+    state[:, 7:] += 1
+    assert torch.equal(agent.high.act(state), agent.policy.high(with_block[:, :7]))
+    values = [agent.high.critic.q1(each, high["subgoal"]) for each in (state, with_block)]
+    assert not torch.equal(*values)
+    agent = HIRO(tasks.PointPush, small(critic_sees_hidden=False))
+    learn(agent, 60, tasks.PointPush)
+    assert agent.high_buffer.rows()["state"].shape[1] == 7
 
 
 def test_at_last_the_low_level_rests_and_the_high_level_asks_for_less(learn):
@@ -798,6 +821,19 @@ def test_the_state_is_positions_velocities_and_scaled_time__B():
         obs, *_ = env.step(np.full(8, 0.5))
     expected = [*env.data.qpos[:15], *env.data.qvel[:14], 0.001 * 7]
     np.testing.assert_allclose(obs[:30], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, joints", [("AntPush", "xy"), ("PointPush", "xy"), ("AntFall", "yz")]
+)
+def test_the_block_s_displacement_is_shown_on_request_only(name, joints):
+    env, shown = make(name), make(name, show_hidden=True)
+    for each in env, shown:
+        each.reset(seed=0)
+        for joint, place in zip(joints, (0.3, -0.2), strict=True):
+            each.data.joint(f"block_{joint}").qpos = place
+    assert np.array_equal(shown._observation(), [*env._observation(), *np.float32([0.3, -0.2])])
+    assert shown.observation_space.contains(shown._observation())
 
 
 def test_a_reset_scatters_every_joint__B():

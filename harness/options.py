@@ -220,8 +220,16 @@ def interval(least, most):
 
 
 NEEDED = (  # attributes of a task's class; envs.py says what they are
-    *("state_dim", "action_dim", "low_blind", "subgoal_scale", "observation_scale", "action_unit"),
-    *("reward_scale", "score", "total_steps", "random_subgoals", "rest_step", "snapshot"),
+    *("state_dim", "action_dim", "low_blind", "subgoal_scale", "observation_scale", "hidden_dim"),
+    *(
+        "action_unit",
+        "reward_scale",
+        "score",
+        "total_steps",
+        "random_subgoals",
+        "rest_step",
+        "snapshot",
+    ),
 )
 
 
@@ -256,16 +264,20 @@ def check_task(name, task):
     require(not missing, f"lacks {', '.join(missing)}; envs.py says what they are")
     fine = task.score in ("success_rate", "return")
     require(fine, f"has score {task.score}, which is neither success_rate nor return")
+    wanted = {"evaluate": True, "render_mode": None}
+    if task.hidden_dim:
+        wanted["show_hidden"] = True
     try:
-        env = task(evaluate=True, render_mode=None)
+        env = task(**wanted)
     except TypeError as error:
-        require(False, f"must take evaluate and render_mode ({error})")
+        require(False, f"must take {', '.join(wanted)} ({error})")
     obs, _ = env.reset(seed=0)
     *_, info = env.step(np.zeros(task.action_dim, np.float32))
     missing = {"is_success", "distance", "simulator_warnings"} - info.keys()
     require(not missing, f"leaves {', '.join(sorted(missing))} out of info")
-    expected = (len(task.observation_scale),)
-    require(np.shape(obs) == expected, f"observes {np.shape(obs)}, observation_scale is {expected}")
+    expected = (len(task.observation_scale) + task.hidden_dim,)
+    says = f"observation_scale and hidden_dim say {expected}"
+    require(np.shape(obs) == expected, f"observes {np.shape(obs)}, {says}")
     saved = io.BytesIO()
     torch.save(env.snapshot, saved)
     try:

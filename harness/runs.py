@@ -262,7 +262,8 @@ class Run:
     def begin(self, agent):
         """obs [N, obs], subgoal [N, d], clock [N] to go on from; a resumed agent gets its past."""
         self.agent, n = agent, self.num_envs
-        self.envs = make_envs(self.task, n, False, self.async_envs)
+        more = {"show_hidden": True} if agent.hidden_dim else {}
+        self.envs = make_envs(self.task, n, False, self.async_envs, **more)
         self.eval_envs = make_envs(self.task, min(self.eval_episodes, EVAL_COPIES), True)
         for name in STOP_SIGNALS:
             signal.signal(name, self.interrupt)

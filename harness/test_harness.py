@@ -786,7 +786,7 @@ import gymnasium
 import numpy as np
 
 class Mine(gymnasium.Env):
-    state_dim, action_dim, low_blind, action_unit = 2, 1, 1, 1.0
+    state_dim, action_dim, low_blind, hidden_dim, action_unit = 2, 1, 1, 0, 1.0
     subgoal_scale, observation_scale = np.ones(1, np.float32), np.ones(3, np.float32)
     reward_scale, score = 1.0, "return"
     total_steps, random_subgoals, rest_step = 60, 0, 0
@@ -850,10 +850,11 @@ def test_a_task_of_one_s_own_is_trained_resumed_and_evaluated(mine, tmp_path):
          "lacks total_steps, random_subgoals, rest_step; envs.py says"),
         ('"return"', '"reward"', "has score reward, which is neither success_rate nor return"),
         ('"distance": distance, "simulator_warnings": 0', "", "distance, simulator_warnings out"),
-        ("np.ones(3", "np.ones(4", "observes (3,), observation_scale is (4,)"),
+        ("np.ones(3", "np.ones(4", "observes (3,), observation_scale and hidden_dim say (4,)"),
         ("[self.place, self.steps, self", "[np.ones(2), self", "snapshot of more than plain"),
         ("property(get, set)", "property(get)", "has a snapshot that cannot be set"),
-        ("evaluate=False, ", "", "must take evaluate and render_mode"),
+        ("low_blind, hidden_dim", "hidden_dim, low_blind", "take evaluate, render_mode, show_"),
+        ("evaluate=False, ", "", "must take evaluate, render_mode ("),
         ("(gymnasium.Env)", "", "is no gymnasium.Env"),
     ],
 )  # fmt: skip
