@@ -61,7 +61,7 @@ class AntMaze(gymnasium.Env):
     score = "success_rate"
     total_steps = 10_000_000
     random_subgoals = 100_000
-    rest_step = 1_000_000
+    rest_step = 400_000
 
     maze = """
         # # # # #
@@ -334,7 +334,6 @@ class AntPush(AntMaze):
     target_low = None
     eval_target = (0.0, 19.0)
     hidden_dim = 2  # along x and y
-    rest_step = 0
 
 
 class AntFall(AntMaze):
@@ -355,7 +354,6 @@ class AntFall(AntMaze):
     target_low = None
     eval_target = (0.0, 27.0, 4.5)
     hidden_dim = 2  # along y and z
-    rest_step = 0
 
 
 class AntGather(AntMaze):
@@ -369,7 +367,6 @@ class AntGather(AntMaze):
     observation_scale = np.append(AntMaze.state_scale, np.ones(20)).astype(np.float32)
     reward_scale = 0.3
     score = "return"
-    rest_step = 0
     maze = "\nR"
     num_each = 8
     bins, reach = 10, 6.0  # Differs 15: the paper gives neither the readings nor the cost of dying

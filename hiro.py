@@ -61,7 +61,7 @@ class HIROConfig:
     low_discount: float = option(0.98, "gamma, per step (C.2)", most=1)  # Differs 5
     high_discount: float = option(0.99, "gamma, per c steps (C.2)", most=1)
     low_tau: float = option(0.005, "how far targets move at a delayed update (C.2)", TINY, 1)
-    high_tau: float = option(0.02, "how far targets move at a delayed update (C.2)", TINY, 1)
+    high_tau: float = option(0.005, "how far targets move at a delayed update (C.2)", TINY, 1)
     batch_size: int = option(100, "transitions per gradient step, both levels", 1)
     hidden: int = option(300, "units in each of the two hidden layers (C.1)", 1)
     # Differs 2: all noise in fractions of the range
@@ -70,10 +70,10 @@ class HIROConfig:
     policy_noise: float = option(0.2, "std of the target policy smoothing, both levels")
     noise_clip: float = option(0.5, "clip of the target policy smoothing, both levels")
     policy_delay: int = option(2, "critic updates per update of actor and targets", 1)
-    # Differs 4 and 8: step sizes
+    # Differs 4: the low level's step sizes
     low_actor_lr: float = option(3e-4, "Adam step size (C.2)", TINY)
     low_critic_lr: float = option(3e-4, "Adam step size (C.2)", TINY)
-    high_actor_lr: float = option(3e-4, "Adam step size (C.2)", TINY)
+    high_actor_lr: float = option(1e-4, "Adam step size (C.2)", TINY)
     high_critic_lr: float = option(1e-3, "Adam step size (C.2)", TINY)
     # Differs 7: errors of Q within the quadratic part of the Huber loss, which then finds means
     low_reward_scale: float = option(0.1, "factor on the intrinsic reward (C.2)")
@@ -84,12 +84,9 @@ class HIROConfig:
     low_relabel: float = option(
         0.5, "share of low samples with another one's subgoal (5.2)", most=1
     )
-    # Differs 10: in the end a low level that walks, and does not forget how
+    # Differs 10: a low level that goes where it is told, and does not forget how
     rest_step: int = option(
         None, "environment step up to which the low level learns; 0: no end (default: the task's)"
-    )
-    rest_reach: float = option(
-        0.4, "from then on: how far subgoals reach along x and y, share of their range", TINY, 1
     )
     low_buffer_size: int = option(200_000, "low-level transitions kept (C.2)", 1)
     high_buffer_size: int = option(200_000, "high-level transitions kept (C.2)", 1)
@@ -105,7 +102,7 @@ class HIROConfig:
     critic_sees_hidden: bool = option(
         True, "in training the high level's critic sees what the state leaves out: blocks"
     )
-    # Differs 18: tanh passes no gradient back from a corner of the range
+    # Differs 8: tanh passes no gradient back from a corner of the range
     squash_cost: float = option(0.01, "factor on an actor's squared outputs before tanh, its cost")
     update_every: int = option(
         1, "environment steps per low-level update (C.2); high: c times that", 1
@@ -134,15 +131,12 @@ PRESETS = {
         low_reward_scale=1.0,
         low_discount=0.99,
         high_discount=0.99,
-        high_tau=0.005,
         high_reward_scale=0.1,
         units="raw",
         low_noise=1.0,
         high_noise=1.0,
         low_actor_lr=1e-4,
         low_critic_lr=1e-3,
-        high_actor_lr=1e-4,
-        high_critic_lr=1e-3,
         start_steps=2_500,
         low_uniform_steps=0,
         high_uniform_steps=0,
@@ -305,9 +299,6 @@ class HIRO:
         self.high = learner("high", subgoal_scale, high_unit, high_scales)
         self.low_noise = (config.low_noise * low_unit).to(self.device)
         self.high_noise = (config.high_noise * high_unit).to(self.device)
-        ranges = [actor.max_action for actor in (self.high.actor, self.high.actor_target)]
-        ranges += [self.high.policy_noise, self.high.noise_clip, self.high_noise]
-        self.high_ranges = [(used, used.clone()) for used in ranges]  # in use, and in full
 
     def _make_buffers(self, task, num_envs):
         """What each level remembers (3.1), and the high level's transitions under way."""
@@ -445,21 +436,6 @@ class HIRO:
         """Whether the low level learns no more (Differs 10); it goes on acting."""
         return 0 < self.config.rest_step < self.steps
 
-    def count_steps(self, n):
-        """n more environment steps have been made."""
-        rested, self.steps = self.low_rests, self.steps + n
-        if self.low_rests != rested:
-            self.set_reach()
-
-    def set_reach(self):
-        """Differs 10: once the low level rests, subgoals and their noise reach less far.
-
-        Told a place nearby the ant walks there; told one far away it runs, and falls more often.
-        """
-        share = self.config.rest_reach if self.low_rests else 1.0
-        for used, full in self.high_ranges:
-            used[: self.policy.low_blind] = share * full[: self.policy.low_blind]  # x and y
-
     def update_low(self):
         """One TD3 step of the low level; returns its metrics."""
         batch = self.low_buffer.sample(self.config.batch_size)
@@ -531,4 +507,3 @@ class HIRO:
         self.segment = {name: part.to(self.device, copy=True) for name, part in segment}
         self.generator.set_state(state["generator"].cpu())
         self.steps = state["steps"]
-        self.set_reach()

@@ -526,19 +526,18 @@ def test_each_level_gets_its_own_hyperparameters__C_2():
 DEFAULT = {
     **dict(low_buffer_size=200_000, high_buffer_size=200_000),
     **dict(units="range", subgoal_steps=10, batch_size=100, hidden=300, correction=True),
-    **dict(low_discount=0.98, high_discount=0.99, low_tau=0.005, high_tau=0.02, update_every=1),
+    **dict(low_discount=0.98, high_discount=0.99, low_tau=0.005, high_tau=0.005, update_every=1),
     **dict(low_noise=0.2, high_noise=0.2, policy_noise=0.2, noise_clip=0.5, policy_delay=2),
-    **dict(low_actor_lr=3e-4, low_critic_lr=3e-4, high_actor_lr=3e-4, high_critic_lr=1e-3),
+    **dict(low_actor_lr=3e-4, low_critic_lr=3e-4, high_actor_lr=1e-4, high_critic_lr=1e-3),
     **dict(low_reward_scale=0.1, high_reward_scale=None),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, candidate_center=1.0, candidate_spread=0.5),
-    **dict(low_relabel=0.5, high_random=0.2, rest_step=None, rest_reach=0.4),
+    **dict(low_relabel=0.5, high_random=0.2, rest_step=None),
     **dict(high_random_length=4, critic_sees_hidden=True, squash_cost=0.01),
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", low_noise=1.0, high_noise=1.0),
-    **dict(low_discount=0.99, high_discount=0.99, low_tau=0.005, high_tau=0.005),
-    **dict(low_actor_lr=1e-4, low_critic_lr=1e-3, high_actor_lr=1e-4, high_critic_lr=1e-3),
+    **dict(low_discount=0.99, low_actor_lr=1e-4, low_critic_lr=1e-3),
     **dict(low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
     **dict(low_relabel=0.0, high_random=0.0, rest_step=0),
@@ -551,7 +550,7 @@ def test_presets__C():
     assert dataclasses.asdict(HIROConfig(**PRESETS["paper"])) == PAPER
     assert (RunConfig().eval_every, RunConfig().eval_episodes) == (50_000, 50)  # C.4
     names = "rest_step", "high_uniform_steps", "high_reward_scale"
-    for given, *expected in ((None, 1_000_000, 100_000, 3e-4), (0, 0, 0, 0), (5, 5, 5, 5)):
+    for given, *expected in ((None, 400_000, 100_000, 3e-4), (0, 0, 0, 0), (5, 5, 5, 5)):
         config = HIROConfig(**dict.fromkeys(names, given)).for_task(tasks.AntMaze)
         assert [getattr(config, name) for name in names] == expected  # None: the task's
 
@@ -594,31 +593,12 @@ def test_nothing_but_the_high_level_s_critic_sees_the_block(learn):
     assert agent.high_buffer.rows()["state"].shape[1] == 7
 
 
-def test_at_last_the_low_level_rests_and_the_high_level_asks_for_less(learn):
-    config = small(start_steps=40, rest_step=100, rest_reach=0.25, high_noise=1.0)
-    agent, full = HIRO(tasks.AntMaze, config), torch.tensor(ANT_RANGE)
+def test_at_last_the_low_level_rests(learn):
+    agent = HIRO(tasks.AntMaze, small(start_steps=40, rest_step=100))
     learn(agent, 100, tasks.AntMaze)
     assert not agent.low_rests and (agent.low.updates, agent.high.updates) == (60, 6)
     learn(agent, 140, tasks.AntMaze)
     assert agent.low_rests and (agent.low.updates, agent.high.updates) == (60, 10)
-    near = torch.cat([0.25 * full[:2], full[2:]])  # x and y only, which the low level never sees
-    subgoal = agent.high_buffer.rows()["subgoal"]  # of segments that begin at 0 ... 100, 110
-    assert (subgoal[:11].abs() > near).any() and (subgoal[11:].abs() <= near).all()
-    assert (agent.correct(agent.high_buffer.rows())[0].abs() <= near).all()
-
-    other = HIRO(tasks.AntMaze, config, seed=1)  # a checkpoint brings the reach, and takes it
-    early = {**other.state_dict(), "steps": 100}
-    for state, reach in ((agent.state_dict(), near), (early, full)):
-        other.load_state_dict(state)
-        for found, fraction in (
-            (other.high.actor.max_action, 1.0),
-            (other.high.actor_target.max_action, 1.0),
-            (other.high_noise, 1.0),
-            (other.high.policy_noise, 0.2),
-            (other.high.noise_clip, 0.5),
-        ):
-            torch.testing.assert_close(found, fraction * reach)
-        torch.testing.assert_close(other.high.critic.scale[-15:], 1 / full)  # what g means stays
 
 
 def test_a_loaded_agent_goes_on_the_same_and_the_state_stays_the_caller_s(learn):
@@ -734,12 +714,12 @@ def make(name, **kwargs):
 STATE = 15 * [1] + 14 * [0.2] + [1]
 ANT = dict(state_dim=30, action_dim=8, low_blind=2, subgoal_scale=ANT_RANGE, action_unit=30)
 ANT |= dict(max_steps=500, total_steps=10**7, random_subgoals=100_000, score="success_rate")
-ANT |= dict(reward_scale=3e-4, observation_scale=STATE + [1, 1], rest_step=0)
+ANT |= dict(reward_scale=3e-4, observation_scale=STATE + [1, 1], rest_step=400_000)
 POINT = dict(state_dim=5, action_dim=2, low_blind=2, subgoal_scale=[5, 5], action_unit=4)
 POINT |= dict(max_steps=300, total_steps=10**5, random_subgoals=20_000, score="success_rate")
 POINT |= dict(reward_scale=3e-4, observation_scale=[1, 1, 0.2, 0.2, 1, 1, 1], rest_step=0)
 ATTRIBUTES = {
-    "AntMaze": dict(ANT, rest_step=1_000_000),
+    "AntMaze": ANT,
     "AntPush": ANT,
     "AntFall": dict(ANT, observation_scale=STATE + [1, 1, 1]),
     "AntGather": dict(ANT, observation_scale=STATE + 20 * [1], reward_scale=0.3, score="return"),

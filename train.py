@@ -26,7 +26,7 @@ def train(agent, run):
             subgoal = torch.where(fresh[:, None], agent.high_action(obs, fresh), subgoal)
         action = agent.low_action(obs, subgoal)  # a = mu^lo(s, g)
         next_obs, reward, terminated, done = run.env_step(action)  # R, s'
-        agent.count_steps(run.num_envs)
+        agent.steps += run.num_envs
 
         next_subgoal = goal_transition(obs, subgoal, next_obs)  # h(s, g, s') = s + g - s'
         low_reward = intrinsic_reward(obs, subgoal, next_obs)  # r = -‖s + g - s'‖
