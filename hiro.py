@@ -109,8 +109,6 @@ class HIROConfig:
     )
     correction: bool = option(True, "relabel subgoals, the off-policy correction (3.3)")
     num_candidates: int = option(10, "candidates per relabelled subgoal, 2 fixed + random (C.3)", 2)
-    candidate_center: float = option(1.0, "random candidates' mean, in units of s_{t+c} - s_t")
-    candidate_spread: float = option(0.5, "random candidates' std, in half-ranges (C.3)")
 
     def for_task(self, task):
         """This configuration with what it leaves to the task filled in."""
@@ -482,8 +480,6 @@ class HIRO:
                 self.high.max_action,
                 mask=batch["mask"],
                 num_random=self.config.num_candidates - 2,
-                center=self.config.candidate_center,
-                spread=self.config.candidate_spread,
                 generator=self.generator,
             )
 

@@ -11,24 +11,14 @@ Pure functions. Shapes: B batch, K candidates, c steps, d subgoal dimensions, S 
 import torch
 
 
-def candidate_subgoals(
-    state,
-    next_state,
-    subgoal,
-    scale,
-    num_random=8,
-    center=1.0,
-    spread=0.5,
-    generator=None,
-):
+def candidate_subgoals(state, next_state, subgoal, scale, num_random=8, spread=0.5, generator=None):
     """Candidates for one segment each (sections 3.3, C.3).
 
     state       [B, >= d]  s_t, raw
     next_state  [B, >= d]  s_{t+c}, the state after the segment's last action
     subgoal     [B, d]     g_t, what the high level asked for
     scale       [d]        half-range of the subgoals
-    center                 the random candidates' mean is center * (s_{t+c} - s_t)
-    spread                 their standard deviation is spread * scale
+    spread                 the random candidates' standard deviation is spread * scale
     returns     [B, 2 + num_random, d]  0 the original, 1 the difference, then the random ones;
                            all clipped to ±scale
     """
@@ -36,7 +26,7 @@ def candidate_subgoals(
     difference = next_state[:, :dims] - state[:, :dims]
     shape = batch, num_random, dims
     noise = torch.randn(shape, generator=generator, device=subgoal.device)
-    random = center * difference[:, None] + spread * scale * noise
+    random = difference[:, None] + spread * scale * noise
     candidates = torch.cat([subgoal[:, None], difference[:, None], random], 1)
     return candidates.clamp(-scale, scale)
 
@@ -78,7 +68,6 @@ def relabel(
     scale,
     mask=None,
     num_random=8,
-    center=1.0,
     spread=0.5,
     generator=None,
 ):
@@ -87,7 +76,7 @@ def relabel(
     returns  subgoal [B, d], index [B] of the chosen candidate (0: the original, clipped)
     """
     candidates = candidate_subgoals(
-        states[:, 0], next_state, subgoal, scale, num_random, center, spread, generator
+        states[:, 0], next_state, subgoal, scale, num_random, spread, generator
     )
     sequences = subgoal_sequences(states, candidates)
     index = log_likelihood(policy, states, actions, sequences, mask).argmax(1)

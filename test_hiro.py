@@ -122,8 +122,8 @@ def policy(state, subgoal):
     return torch.tanh(mixed + 0.1 * state.sum(-1, keepdim=True))
 
 
-@pytest.mark.parametrize("random, center, spread", [(8, 1.0, 0.5), (4, 0.4, 0.2)])
-def test_relabel_equals_a_triple_loop__3_3(random, center, spread):
+@pytest.mark.parametrize("random, spread", [(8, 0.5), (4, 0.2)])
+def test_relabel_equals_a_triple_loop__3_3(random, spread):
     B, C, D = 5, 4, 3  # segments, steps, entries of a subgoal
     shapes = (B, C, 6), (B, C, 2), (B, D), (B, 6)
     states, actions, subgoal, next_state = (randn(*s, seed=i) for i, s in enumerate(shapes))
@@ -132,14 +132,14 @@ def test_relabel_equals_a_triple_loop__3_3(random, center, spread):
     mask[1, 2:] = 0  # a segment that ended after two steps
     generator = torch.Generator().manual_seed(5)
     args = policy, states, actions, subgoal, next_state, scale, mask
-    given = {} if random == 8 else dict(num_random=random, center=center, spread=spread)  # C.3
+    given = {} if random == 8 else dict(num_random=random, spread=spread)  # C.3
     chosen, index = relabel.relabel(*args, **given, generator=generator)
     args = states[:, 0], next_state, subgoal, scale
     every = relabel.candidate_subgoals(*args, **given, generator=generator.manual_seed(5))
     noise = torch.randn(B, random, D, generator=generator.manual_seed(5))
     for b in range(B):
         change = next_state[b, :D] - states[b, 0, :D]
-        drawn = [center * change + spread * scale * z for z in noise[b]]
+        drawn = [change + spread * scale * z for z in noise[b]]
         candidates = [g.minimum(scale).maximum(-scale) for g in (subgoal[b], change, *drawn)]
         torch.testing.assert_close(every[b], torch.stack(candidates))
         scores = []
@@ -470,12 +470,11 @@ def test_a_share_of_low_samples_gets_another_one_s_subgoal__5_2():
 
 
 def test_correction_asks_today_s_low_level_with_the_agent_s_settings__3_3():
-    config = small(num_candidates=5, candidate_center=0.3, candidate_spread=0.7)
-    agent = HIRO(tasks.PointMaze, config)
+    agent = HIRO(tasks.PointMaze, small(num_candidates=5))
     batch = {name: randn(2000, *shape) for name, shape in agent.high_buffer.fields.items()}
     batch["mask"] = (torch.arange(10) < 4).float().expand(2000, 10)  # short segments
     args = [batch[name] for name in ("states", "actions", "subgoal", "next_state")]
-    args += torch.tensor([5.0, 5.0]), batch["mask"], 3, 0.3, 0.7
+    args += torch.tensor([5.0, 5.0]), batch["mask"], 3
 
     def today(state, subgoal):
         return agent.low.actor(torch.cat([state[..., 2:], subgoal], -1))
@@ -484,7 +483,7 @@ def test_correction_asks_today_s_low_level_with_the_agent_s_settings__3_3():
         stir(agent.low.actor, seed=seed)
         agent.bfloat16 = False
         generator = agent.generator.clone_state()
-        subgoal, index = relabel.relabel(today, *args, generator.clone_state())
+        subgoal, index = relabel.relabel(today, *args, generator=generator.clone_state())
         assert_same(agent.correct(batch), (subgoal, index))
         assert len(index.unique()) == 5
         agent.bfloat16 = True  # Differs 16: it changes almost no choice
@@ -531,7 +530,7 @@ DEFAULT = {
     **dict(low_actor_lr=3e-4, low_critic_lr=3e-4, high_actor_lr=1e-4, high_critic_lr=1e-3),
     **dict(low_reward_scale=0.1, high_reward_scale=None),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
-    **dict(num_candidates=10, candidate_center=1.0, candidate_spread=0.5),
+    **dict(num_candidates=10),
     **dict(low_relabel=0.5, high_random=0.2, rest_step=None),
     **dict(high_random_length=4, critic_sees_hidden=True, squash_cost=0.01),
 }

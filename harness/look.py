@@ -34,7 +34,7 @@ class Viewer:
         self.episodes = 1 if alone else settings.eval_episodes
         copies = 1 if window else min(self.episodes, runs.EVAL_COPIES)
         mode = next((MODES[name] for name in MODES if name in given), None)
-        self.envs = runs.make_envs(task, copies, True, render_mode=mode)
+        self.envs = runs.make_envs(task, copies, evaluate=True, render_mode=mode)
         self.film = Film(film, self.envs) if film else None
         self.figure = Figure(figure, self.envs, subgoal_steps) if figure else None
         window = Window(self.envs) if window else None

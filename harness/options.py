@@ -50,7 +50,6 @@ class RunConfig:
     eval_episodes: int = option(50, "episodes per evaluation, without noise (C.4)", 1)
     checkpoint_every: int = option(50_000, "environment steps between checkpoints", 1)
     num_envs: int = option(1, "N: environment copies stepped together", 1)
-    async_envs: bool = option(False, "step the copies in worker processes")
     threads: int = option(1, "CPU threads of the networks", 1, 1024)
     device: str = option("cpu", "of the networks and buffers: cpu or cuda")
     run_dir: str = option(None, "output folder (default: runs/<env>_seed<seed>_<time>)")

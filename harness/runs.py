@@ -20,7 +20,7 @@ import zipfile
 
 import numpy as np
 import torch
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from harness.options import MAY_CHANGE, UserError, configs, find_task, flag
 from hiro import HIROConfig
@@ -32,17 +32,10 @@ STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 # ---------------------------------------------------------------------- environments
 
 
-def make_envs(task, num_envs, evaluate, in_processes=False, **kwargs):
+def make_envs(task, num_envs, **kwargs):
     """num_envs copies of the task that wait to be reset, so that no final state is ever lost."""
-    makers = [functools.partial(task, evaluate=evaluate, **kwargs)] * num_envs
-    # Worker processes must not die of a signal that is meant to save the run.
-    handlers = [signal.signal(name, signal.SIG_IGN) for name in STOP_SIGNALS]
-    try:
-        kind = AsyncVectorEnv if in_processes else SyncVectorEnv
-        return kind(makers, autoreset_mode=AutoresetMode.DISABLED)
-    finally:
-        for name, handler in zip(STOP_SIGNALS, handlers, strict=True):
-            signal.signal(name, handler)
+    makers = [functools.partial(task, **kwargs)] * num_envs
+    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
 
 
 def reset_done(envs, obs, done):
@@ -263,8 +256,8 @@ class Run:
         """obs [N, obs], subgoal [N, d], clock [N] to go on from; a resumed agent gets its past."""
         self.agent, n = agent, self.num_envs
         more = {"show_hidden": True} if agent.hidden_dim else {}
-        self.envs = make_envs(self.task, n, False, self.async_envs, **more)
-        self.eval_envs = make_envs(self.task, min(self.eval_episodes, EVAL_COPIES), True)
+        self.envs = make_envs(self.task, n, evaluate=False, **more)
+        self.eval_envs = make_envs(self.task, min(self.eval_episodes, EVAL_COPIES), evaluate=True)
         for name in STOP_SIGNALS:
             signal.signal(name, self.interrupt)
         text = ",".join(self.columns) + "\n"
@@ -304,11 +297,7 @@ class Run:
         """One step of every copy: next_obs [N, obs], reward, terminated, done [N] as tensors."""
         action = action.cpu().numpy()
         self.check_finite("action", action)
-        try:
-            next_obs, reward, terminated, truncated, info = self.envs.step(action)
-        except (EOFError, ConnectionError):  # its end of the pipe is closed
-            self.envs.closed = True  # or gymnasium would ask it for an answer before it goes
-            raise self.broken("an environment process died") from None
+        next_obs, reward, terminated, truncated, info = self.envs.step(action)
         self.check_finite("state", next_obs)
         done = terminated | truncated
         for i in np.flatnonzero(done):
@@ -413,7 +402,6 @@ class Run:
             old.unlink()
 
     def close(self):
-        """End the worker processes, which ignore the signal that would end them at exit."""
         for envs in (self.envs, self.eval_envs):
             if envs is not None:
                 envs.close()

@@ -9,7 +9,6 @@ import io
 import itertools
 import json
 import math
-import os
 import pathlib
 import re
 import resource
@@ -79,7 +78,6 @@ RUNS = {"one": SMALL + "--start-steps 40 --low-uniform-steps 100 --high-uniform-
 RUNS["one"] += "--low-buffer-size 120 --high-buffer-size 10 "
 RUNS["one"] += "--total-steps 500 --eval-every 170 --checkpoint-every 147 "
 RUNS["three"] = RUNS["one"] + "--num-envs 3 --update-every 2 --rest-step 300 "
-RUNS["workers"] = RUNS["three"] + "--async-envs "
 
 
 @pytest.fixture(scope="module")
@@ -170,11 +168,8 @@ def kill(run):
 # ------------------------------------------------------------ kills and resumes
 
 
-@pytest.mark.parametrize(
-    "name, how", [("one", signal.SIGTERM), ("three", signal.SIGINT), ("workers", signal.SIGTERM)]
-)
+@pytest.mark.parametrize("name, how", [("one", signal.SIGTERM), ("three", signal.SIGINT)])
 def test_a_run_killed_and_stopped_equals_an_uninterrupted_one(name, how, tmp_path, whole_runs):
-    """Worker processes give the same run, too."""
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         at_step(patch, 200, kill)
@@ -190,28 +185,10 @@ def test_a_run_killed_and_stopped_equals_an_uninterrupted_one(name, how, tmp_pat
     assert f"stopped at {stopped} steps: --resume {folder}" in out
 
     assert main("--resume", folder)[0] == 0
-    assert_same_run(folder, whole_runs["one" if name == "one" else "three"])
+    assert_same_run(folder, whole_runs[name])
     config = json.loads((folder / "config.json").read_text())
     assert [resumed["step"] for resumed in config["resumed"]] == [147, stopped]
     assert config["resumed"][0].items() >= config["versions"].items()
-
-
-def test_a_signal_to_all_processes_of_a_run_saves_it(tmp_path):
-    folder = tmp_path / "run"
-    args = "--env PointMaze --hidden 16 --eval-episodes 1 --num-envs 2 --async-envs"
-    args += f" --checkpoint-every 100 --run-dir {folder}"
-    command = [sys.executable, str(ROOT / "train.py"), *args.split()]
-    alone = dict(stdout=subprocess.PIPE, text=True, start_new_session=True)
-    process = subprocess.Popen(command, cwd=tmp_path, **alone)
-    while not saved_at(folder):
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler or a closed terminal does
-    out, _ = process.communicate(timeout=60)
-    step = saved_at(folder)[0]
-    assert process.returncode == 0 and f"stopped at {step:,} steps" in out
-    assert main("--resume", folder, "--total-steps", step + 10)[0] == 0
-    assert saved_at(folder)[0] == step + 10
 
 
 def test_ctrl_c_before_the_first_step_ends_without_a_traceback(monkeypatch):
@@ -294,28 +271,6 @@ def test_resume_refuses_settings_that_another_version_did_not_have(folder):
 def test_resume_refuses_other_columns(folder):
     torch.save({**checkpoint(folder), "progress": "step,seed\n"}, runs.checkpoints(folder)[0])
     assert "other columns" in one_line("--resume", folder, "--total-steps 600")
-
-
-def test_a_dead_environment_process_ends_the_run_in_one_line(tmp_path, monkeypatch):
-    def kill_worker(run):
-        run.envs.processes[0].kill()
-        run.envs.processes[0].join()
-
-    at_step(monkeypatch, 2, kill_worker)
-    err = one_line(IDLE, "--num-envs 2 --async-envs --run-dir", tmp_path / "run")
-    assert "step 2: an environment process died; no checkpoint was saved" in err
-
-
-def test_a_broken_run_takes_its_worker_processes_along(tmp_path):
-    code = (
-        "import train; from hiro import HIRO; HIRO.update_low = lambda self: {'q': float('inf')}\n"
-    )
-    line = f"{RUNS['workers']} --eval-every 50 --run-dir {tmp_path / 'run'}"
-    line = line.replace("Ball", "PointMaze")  # which another process knows
-    code += f"if __name__ == '__main__': train.main({line.split()})"
-    command = [sys.executable, "-c", code]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2 and "low_q is not finite" in ended.stderr
 
 
 def test_a_simulation_that_blows_up_says_so_and_is_not_put_back(tmp_path, monkeypatch):
@@ -723,7 +678,6 @@ BAD_INPUTS = {
     POINT + "--low-noise inf": "must be at least 0, and finite",
     POINT + "--low-noise -0.1": "must be at least 0, and finite",
     POINT + "--low-actor-lr 0": "must be positive",
-    POINT + "--rest-reach 4": "must be above 0, at most 1",
     POINT + "--rest-step 10000": "more than --start-steps 10000",
     POINT + "--units metres": "argument --units: invalid choice: 'metres'",
     POINT + "--preset td3": "argument --preset: invalid choice: 'td3'",
