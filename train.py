@@ -130,10 +130,6 @@ def main(argv=None):
         given = options.parse(sys.argv[1:] if argv is None else argv)
         if "eval_only" in given:
             return eval_only(given)
-        if "profile" in given:
-            from harness import profile
-
-            return profile.profile(given, train)
         run = runs.resume(given) if "resume" in given else runs.start(given)
         with contextlib.closing(run):
             with run.set_up():

@@ -107,8 +107,6 @@ def build_parser():
     add("--plot", metavar="PNG", help="with --eval-only: paths seen from above")
     add("--video", metavar="FILE", help="with --eval-only: one episode, .gif or .mp4")
     add("--render", action="store_true", help="with --eval-only: in a window")
-    help = "train for a minute, or SECONDS, and print where the time goes"
-    add("--profile", nargs="?", const=60.0, type=number(float), metavar="SECONDS", help=help)
     for name in BOTH_LEVELS:
         add(f"--{name}", type=number(float), help=f"--low-{name} and --high-{name}")
     for title, config in (("run", RunConfig), ("algorithm", HIROConfig)):
@@ -220,15 +218,8 @@ def interval(least, most):
 
 NEEDED = (  # attributes of a task's class; envs.py says what they are
     *("state_dim", "action_dim", "low_blind", "subgoal_scale", "observation_scale", "hidden_dim"),
-    *(
-        "action_unit",
-        "reward_scale",
-        "score",
-        "total_steps",
-        "random_subgoals",
-        "rest_step",
-        "snapshot",
-    ),
+    *("action_unit", "reward_scale", "score", "total_steps", "random_subgoals", "rest_step"),
+    "snapshot",
 )
 
 
