@@ -128,7 +128,6 @@ PRESETS = {
         rest_step=0,
         low_reward_scale=1.0,
         low_discount=0.99,
-        high_discount=0.99,
         high_reward_scale=0.1,
         units="raw",
         low_noise=1.0,
@@ -189,7 +188,7 @@ class Policy:
             self.clock = torch.zeros(obs.shape[:-1], dtype=torch.long, device=obs.device)
             self.obs, self.subgoal = obs, torch.zeros_like(self.high(obs))
         self.subgoal = goal_transition(self.obs, self.subgoal, obs)
-        fresh = self.clock == 0  # Differs 11: an episode's first step included
+        fresh = self.clock == 0  # an episode's first step too; the authors' code asks for 0 there
         if fresh.any():
             self.subgoal = torch.where(fresh[..., None], self.high(obs), self.subgoal)
         self.obs, self.clock = obs, (self.clock + 1) % self.subgoal_steps
@@ -469,7 +468,7 @@ class HIRO:
 
     def correct(self, batch):
         """The off-policy correction on a sampled high-level batch: subgoal [B, d], index [B]."""
-        # Differs 16: bfloat16 products; only the best of ten likelihoods is asked for
+        # Differs 12: bfloat16 products; only the best of ten likelihoods is asked for
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return relabel(
                 self.policy.low_action,

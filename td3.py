@@ -84,7 +84,7 @@ class Critic(nn.Module):
         return self.net1(self._input(state, action)).squeeze(-1)
 
     def _input(self, state, action):
-        # Differs 14: the action enters at the first layer only
+        # the authors' code lets the action in at the second layer too
         return torch.cat([state, action], -1) * self.scale
 
 
@@ -161,7 +161,7 @@ class TD3:
         action = self.actor_target(self._seen(next_state))
         noise = torch.randn(action.shape, generator=self.generator, device=action.device)
         noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
-        # Differs 12: clipped to the range, as in TD3
+        # clipped to the range, as in TD3; in the authors' code it is not
         action = (action + noise).clamp(-self.max_action, self.max_action)
         q1, q2 = self.critic_target(next_state, action)
         return reward + self.discount * (1 - terminated.float()) * torch.min(q1, q2)
@@ -186,7 +186,7 @@ class TD3:
         self.critic_optimizer.step()
         metrics = {"q": q1.detach().mean(), "critic_loss": critic_loss.detach()}
 
-        if self.updates % self.policy_delay == 0:  # Differs 13: Adam does not step in between
+        if self.updates % self.policy_delay == 0:  # the authors' Adam steps in between, on zeros
             self.critic.requires_grad_(False)  # the actor's gradient passes through, nothing stays
             before = self.actor.before_tanh(self._seen(batch["state"]))
             action = self.max_action * torch.tanh(before)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import pathlib
 import signal
@@ -25,6 +26,7 @@ from hiro import HIRO, PRESETS, HIROConfig, Policy, goal_transition, intrinsic_r
 from td3 import TD3, Actor, Critic
 
 torch.set_num_threads(1)
+assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # nested, to the bit
 HERE = pathlib.Path(__file__).resolve().parent
 ANT_RANGE = [10, 10, 0.5, 1, 1, 1, 1] + 4 * [0.5, 0.3]  # of subgoals: m, quaternion, rad (C.1)
 
@@ -87,18 +89,6 @@ def learn(tmp_path, monkeypatch):
         train.train(agent, run)
 
     return learn
-
-
-def assert_same(a, b):
-    """Bit-identical nested dicts, lists, tensors and numbers."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        a, b = list(a.values()), [b[name] for name in a]
-    if isinstance(a, list | tuple):
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
 # ------------------------------------------------------------ 3.2 subgoals are changes of state
@@ -486,7 +476,7 @@ def test_correction_asks_today_s_low_level_with_the_agent_s_settings__3_3():
         subgoal, index = relabel.relabel(today, *args, generator=generator.clone_state())
         assert_same(agent.correct(batch), (subgoal, index))
         assert len(index.unique()) == 5
-        agent.bfloat16 = True  # Differs 16: it changes almost no choice
+        agent.bfloat16 = True  # Differs 12: it changes almost no choice
         agent.generator.set_state(generator.get_state())
         changed = agent.correct(batch)[1] != index
         assert 0 < changed.float().mean() < 0.05

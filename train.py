@@ -21,7 +21,7 @@ def train(agent, run):
     c = agent.config.subgoal_steps
     obs, subgoal, clock = run.begin(agent)  # clock: steps since the subgoal was fresh
     while run.goes_on():
-        fresh = clock == 0  # every c steps, and at an episode's first (Differs 11)
+        fresh = clock == 0  # every c steps, and at an episode's first
         if fresh.any():  # g = mu^hi(s)
             subgoal = torch.where(fresh[:, None], agent.high_action(obs, fresh), subgoal)
         action = agent.low_action(obs, subgoal)  # a = mu^lo(s, g)
