@@ -358,6 +358,14 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     assert_same_run(folder, whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["PointMaze", "PointPush"])
+def test_a_ball_is_learned_from_scratch(name, tmp_path):
+    line = f"--env {name} --eval-every 10000 --seed 9 --run-dir {tmp_path}/run"
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *line.split()], check=True)
+    assert float(rows(tmp_path / "run")[-1]["success_rate"]) >= 0.9
+
+
 # ------------------------------------------------------------ what a run leaves behind
 
 
