@@ -84,10 +84,6 @@ class HIROConfig:
     low_relabel: float = option(
         0.5, "share of low samples with another one's subgoal (5.2)", most=1
     )
-    # Differs 10: a low level that goes where it is told, and does not forget how
-    rest_step: int = option(
-        None, "environment step up to which the low level learns; 0: no end (default: the task's)"
-    )
     low_buffer_size: int = option(200_000, "low-level transitions kept (C.2)", 1)
     high_buffer_size: int = option(200_000, "high-level transitions kept (C.2)", 1)
     # Differs 3: a uniformly random start
@@ -115,7 +111,6 @@ class HIROConfig:
         of_task = {
             "high_reward_scale": task.reward_scale,
             "high_uniform_steps": task.random_subgoals,
-            "rest_step": task.rest_step,
         }
         unset = {name: value for name, value in of_task.items() if getattr(self, name) is None}
         return replace(self, **unset)
@@ -125,7 +120,6 @@ PRESETS = {
     "default": {},
     "paper": dict(
         low_relabel=0.0,
-        rest_step=0,
         low_reward_scale=1.0,
         low_discount=0.99,
         high_reward_scale=0.1,
@@ -428,11 +422,6 @@ class HIRO:
         """
         return self.steps > self.config.high_uniform_steps
 
-    @property
-    def low_rests(self):
-        """Whether the low level learns no more (Differs 10); it goes on acting."""
-        return 0 < self.config.rest_step < self.steps
-
     def update_low(self):
         """One TD3 step of the low level; returns its metrics."""
         batch = self.low_buffer.sample(self.config.batch_size)
@@ -468,7 +457,7 @@ class HIRO:
 
     def correct(self, batch):
         """The off-policy correction on a sampled high-level batch: subgoal [B, d], index [B]."""
-        # Differs 12: bfloat16 products; only the best of ten likelihoods is asked for
+        # Differs 11: bfloat16 products; only the best of ten likelihoods is asked for
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return relabel(
                 self.policy.low_action,

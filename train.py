@@ -35,8 +35,7 @@ def train(agent, run):
         agent.remember_segment(clock, obs, subgoal, action, reward, next_obs, terminated, ended)
 
         for turn in agent.turns(run.num_envs):  # one for each environment step (C.2)
-            if not agent.low_rests:
-                run.count("low", agent.update_low())
+            run.count("low", agent.update_low())
             if turn % c == 0 and agent.high_learns:
                 run.count("high", agent.update_high())  # relabels its batch first (3.3)
 

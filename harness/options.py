@@ -188,8 +188,6 @@ def validate(run, config):
             if field.type in (int, float):
                 fine = math.isfinite(value) and least <= value <= most
                 require(fine, field.name, f"must be {interval(least, most)}")
-    rule = f"must be 0, or more than --start-steps {config.start_steps}: the low level must learn"
-    require(config.rest_step == 0 or config.rest_step > config.start_steps, "rest_step", rule)
     segment = config.subgoal_steps * run.num_envs
     rule = f"must be at least {segment}, the steps of a first segment"
     require(config.start_steps >= segment, "start_steps", rule)
@@ -218,8 +216,7 @@ def interval(least, most):
 
 NEEDED = (  # attributes of a task's class; envs.py says what they are
     *("state_dim", "action_dim", "low_blind", "subgoal_scale", "observation_scale", "hidden_dim"),
-    *("action_unit", "reward_scale", "score", "total_steps", "random_subgoals", "rest_step"),
-    "snapshot",
+    *("action_unit", "reward_scale", "score", "total_steps", "random_subgoals", "snapshot"),
 )
 
 
