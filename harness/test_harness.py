@@ -52,7 +52,8 @@ def main(*args):
     """python train.py ARGS, in this process: exit status, stdout, stderr."""
     handlers = {name: signal.getsignal(name) for name in runs.STOP_SIGNALS}
     out, err, code = io.StringIO(), io.StringIO(), 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that misses it ends with 130
+    for name in handlers:  # a run that misses one ends with 130, in the background too
+        signal.signal(name, signal.default_int_handler)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             train.main(" ".join(map(str, args)).split())
