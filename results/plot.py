@@ -42,6 +42,7 @@ def find(folders, without=None):
                 saved = json.loads(config.read_text())
                 sittings = [saved["versions"], *saved.get("resumed", [])]
                 preset = {"td3": "default"}.get(saved["preset"], saved["preset"])  # its old name
+                preset = saved.get("variant", preset)
                 curve |= {"preset": preset, "path": path}
                 curve["commits"] = {sitting["commit"][:7] for sitting in sittings}
                 run = saved["run"]
