@@ -500,12 +500,13 @@ def test_each_level_gets_its_own_hyperparameters__C_2():
     low = dict(discount=0.1, tau=0.2, actor_lr=0.3, critic_lr=0.4, buffer_size=50)
     levels = {"low": low, "high": {name: 2 * value for name, value in low.items()}}
     own = {f"{level}_{name}": levels[level][name] for level in levels for name in low}
-    agent = HIRO(tasks.AntMaze, HIROConfig(**own, policy_delay=5, hidden=8))
+    agent = HIRO(tasks.AntMaze, HIROConfig(**own, policy_delay=5, hidden=8, squash_cost=0.7))
     for name, expected in levels.items():
         td3, buffer = getattr(agent, name), getattr(agent, f"{name}_buffer")
         rates = [adam.param_groups[0]["lr"] for adam in (td3.actor_optimizer, td3.critic_optimizer)]
         assert [td3.discount, td3.tau, *rates, buffer.capacity] == list(expected.values())
-        assert (td3.policy_delay, td3.actor.net[0].out_features) == (5, 8)
+        found = td3.policy_delay, td3.actor.net[0].out_features, td3.squash_cost
+        assert found == (5, 8, 0.7)
 
 
 DEFAULT = {
