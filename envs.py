@@ -1,4 +1,4 @@
-"""The paper's four tasks, and a toy: AntMaze, AntPush, AntFall, AntGather, PointMaze (appendix B).
+"""The paper's four tasks (appendix B), and two for balls: PointMaze, PointPush.
 
 Importing this module registers them with gymnasium as hiro/AntMaze-v0 and so on. An observation
 is one flat vector, [state, task features]; a subgoal is a change of the first entries of the state.

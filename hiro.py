@@ -240,7 +240,8 @@ class HIRO:
         self.device = torch.device(device)
         self.bfloat16 = has_bfloat16(self.device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.subgoal_scale = torch.tensor(task.subgoal_scale, device=self.device)
+        real = dict(dtype=torch.float32, device=self.device)
+        self.subgoal_scale = torch.tensor(task.subgoal_scale, **real)
         # entries that an observation in training has at its end, besides what policies see
         self.hidden_dim = task.hidden_dim if self.config.critic_sees_hidden else 0
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
@@ -254,8 +255,8 @@ class HIRO:
     def _make_learners(self, task):
         """Two TD3s, and how far each explores, in the units that its networks see."""
         config = self.config
-        observation_scale = torch.tensor(task.observation_scale)
-        subgoal_scale = torch.tensor(task.subgoal_scale)
+        observation_scale = torch.tensor(task.observation_scale, dtype=torch.float32)
+        subgoal_scale = self.subgoal_scale.cpu()
         seen = slice(task.low_blind, task.state_dim)
         low_scale = torch.cat([observation_scale[seen], 1 / subgoal_scale])
         one = torch.ones(task.action_dim)  # the half-range of actions

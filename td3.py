@@ -172,7 +172,7 @@ class TD3:
         batch    state [B, S], action [B, A], reward [B], next_state [B, S], terminated [B] (0, 1
                  or bool); S includes critic_only; raises ValueError for a reward or flag that
                  would broadcast
-        returns  metrics: scalar tensors, still on the device
+        returns  metrics: scalar tensors, still on the device; of the actor when it was updated
         """
         for name in ("reward", "terminated"):
             if batch[name].dim() != 1:

@@ -259,6 +259,8 @@ def check_task(name, task):
     except TypeError as error:
         require(False, f"must take {', '.join(wanted)} ({error})")
     obs, _ = env.reset(seed=0)
+    found = env.action_space.shape
+    require(found == (task.action_dim,), f"acts in {found}, action_dim says ({task.action_dim},)")
     *_, info = env.step(np.zeros(task.action_dim, np.float32))
     missing = {"is_success", "distance", "simulator_warnings"} - info.keys()
     require(not missing, f"leaves {', '.join(sorted(missing))} out of info")

@@ -428,8 +428,8 @@ class Terminal:
         step, total, config = run.agent.steps, run.total_steps, run.config
         if step >= total:
             print("the run is complete; --total-steps makes it longer")
-        elif step <= config.start_steps:
-            low, high = config.start_steps, max(config.start_steps, config.high_uniform_steps)
+        low, high = config.start_steps, max(config.start_steps, config.high_uniform_steps)
+        if step <= high and step < total:
             print(f"learning begins after {low:,} steps, the high level's after {high:,}")
             if total <= low:
                 print("nothing is learned: the run ends before")

@@ -729,7 +729,7 @@ import numpy as np
 
 class Mine(gymnasium.Env):
     state_dim, action_dim, low_blind, hidden_dim, action_unit = 2, 1, 1, 0, 1.0
-    subgoal_scale, observation_scale = np.ones(1, np.float32), np.ones(3, np.float32)
+    subgoal_scale, observation_scale = np.ones(1), np.ones(3)
     reward_scale, score = 1.0, "return"
     total_steps, random_subgoals = 60, 0
     observation_space = gymnasium.spaces.Box(-99, 99, (3,), np.float32)
@@ -792,6 +792,7 @@ def test_a_task_of_one_s_own_is_trained_resumed_and_evaluated(mine, tmp_path):
          "lacks total_steps, random_subgoals; envs.py says"),
         ('"return"', '"reward"', "has score reward, which is neither success_rate nor return"),
         ('"distance": distance, "simulator_warnings": 0', "", "distance, simulator_warnings out"),
+        ("action_unit = 2, 1,", "action_unit = 2, 3,", "acts in (1,), action_dim says (3,)"),
         ("np.ones(3", "np.ones(4", "observes (3,), observation_scale and hidden_dim say (4,)"),
         ("[self.place, self.steps, self", "[np.ones(2), self", "snapshot of more than plain"),
         ("property(get, set)", "property(get)", "has a snapshot that cannot be set"),
