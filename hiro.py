@@ -240,8 +240,7 @@ class HIRO:
         self.device = torch.device(device)
         self.bfloat16 = has_bfloat16(self.device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        real = dict(dtype=torch.float32, device=self.device)
-        self.subgoal_scale = torch.tensor(task.subgoal_scale, **real)
+        self.subgoal_scale = torch.tensor(task.subgoal_scale, device=self.device).float()
         # entries that an observation in training has at its end, besides what policies see
         self.hidden_dim = task.hidden_dim if self.config.critic_sees_hidden else 0
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
@@ -255,7 +254,7 @@ class HIRO:
     def _make_learners(self, task):
         """Two TD3s, and how far each explores, in the units that its networks see."""
         config = self.config
-        observation_scale = torch.tensor(task.observation_scale, dtype=torch.float32)
+        observation_scale = torch.tensor(task.observation_scale).float()
         subgoal_scale = self.subgoal_scale.cpu()
         seen = slice(task.low_blind, task.state_dim)
         low_scale = torch.cat([observation_scale[seen], 1 / subgoal_scale])
@@ -270,27 +269,27 @@ class HIRO:
             high_scales = dict(state_scale=raw(observation_scale), action_scale=raw(subgoal_scale))
             low_unit, high_unit = 1 / torque, raw(subgoal_scale)
 
-        def learner(level, max_action, unit, scales):
-            names = "discount", "tau", "actor_lr", "critic_lr"
-            own = {name: getattr(config, f"{level}_{name}") for name in names}
-            return TD3(
-                max_action=max_action,
-                policy_noise=config.policy_noise * unit,
-                noise_clip=config.noise_clip * unit,
-                policy_delay=config.policy_delay,
-                squash_cost=config.squash_cost,
-                critic_only=self.hidden_dim if level == "high" else 0,
-                hidden=config.hidden,
-                generator=self.generator,
-                device=self.device,
-                **own,
-                **scales,
-            )
-
-        self.low = learner("low", one, low_unit, low_scales)
-        self.high = learner("high", subgoal_scale, high_unit, high_scales)
+        self.low = self._learner("low", one, low_unit, **low_scales)
+        high_scales["critic_only"] = self.hidden_dim
+        self.high = self._learner("high", subgoal_scale, high_unit, **high_scales)
         self.low_noise = (config.low_noise * low_unit).to(self.device)
         self.high_noise = (config.high_noise * high_unit).to(self.device)
+
+    def _learner(self, level, max_action, unit, **more):
+        """A TD3 with the settings of this level; unit: what its noise is measured in."""
+        config, names = self.config, ("discount", "tau", "actor_lr", "critic_lr")
+        own = {name: getattr(config, f"{level}_{name}") for name in names}
+        return TD3(
+            max_action=max_action,
+            policy_noise=config.policy_noise * unit,
+            noise_clip=config.noise_clip * unit,
+            policy_delay=config.policy_delay,
+            squash_cost=config.squash_cost,
+            hidden=config.hidden,
+            generator=self.generator,
+            device=self.device,
+            **{**own, **more},
+        )
 
     def _make_buffers(self, task, num_envs):
         """What each level remembers (3.1), and the high level's transitions under way."""

@@ -517,17 +517,15 @@ DEFAULT = {
     **dict(low_actor_lr=3e-4, low_critic_lr=3e-4, high_actor_lr=1e-4, high_critic_lr=1e-3),
     **dict(low_reward_scale=0.1, high_reward_scale=None),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
-    **dict(num_candidates=10),
-    **dict(low_relabel=0.5, high_random=0.2),
-    **dict(high_random_length=4, critic_sees_hidden=True, squash_cost=0.01),
+    **dict(num_candidates=10, low_relabel=0.5, high_random=0.2, high_random_length=4),
+    **dict(critic_sees_hidden=True, squash_cost=0.01),
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", low_noise=1.0, high_noise=1.0),
     **dict(low_discount=0.99, low_actor_lr=1e-4, low_critic_lr=1e-3),
     **dict(low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
-    **dict(low_relabel=0.0, high_random=0.0),
-    **dict(critic_sees_hidden=False, squash_cost=0.0),
+    **dict(low_relabel=0.0, high_random=0.0, critic_sees_hidden=False, squash_cost=0.0),
 }
 
 

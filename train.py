@@ -124,16 +124,22 @@ def eval_only(given):
         viewer.finish(results)
 
 
+def start(given, agent_class=HIRO, **record):
+    """Start or resume a run with these flags and train; config.json gets `record`, too."""
+    run = runs.resume(given) if "resume" in given else runs.start(given)
+    run.record |= record
+    with contextlib.closing(run):
+        with run.set_up():
+            agent = agent_class(run.task, run.config, run.num_envs, run.seed, run.device)
+        train(agent, run)
+
+
 def main(argv=None):
     with options.one_line_errors():
         given = options.parse(sys.argv[1:] if argv is None else argv)
         if "eval_only" in given:
             return eval_only(given)
-        run = runs.resume(given) if "resume" in given else runs.start(given)
-        with contextlib.closing(run):
-            with run.set_up():
-                agent = HIRO(run.task, run.config, run.num_envs, run.seed, run.device)
-            train(agent, run)
+        start(given)
 
 
 if __name__ == "__main__":

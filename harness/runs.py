@@ -426,10 +426,10 @@ class Terminal:
         self.looks = collections.deque(maxlen=30)  # (seconds, step): the speed is over these
         self.told = -math.inf
         step, total, config = run.agent.steps, run.total_steps, run.config
+        low, high = config.start_steps, max(config.start_steps, config.high_uniform_steps)
         if step >= total:
             print("the run is complete; --total-steps makes it longer")
-        low, high = config.start_steps, max(config.start_steps, config.high_uniform_steps)
-        if step <= high and step < total:
+        elif step <= high:
             print(f"learning begins after {low:,} steps, the high level's after {high:,}")
             if total <= low:
                 print("nothing is learned: the run ends before")

@@ -1,5 +1,6 @@
 """Tests of the paper's other rows; each oracle is worked out by hand or by a loop."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,34 +10,18 @@ import torch
 import envs as tasks
 import hiro
 import relabel
+import test_hiro
 import train
 from harness import options
-from harness.runs import Run
-from hiro import HIROConfig
 from results import variants
 
-SHORT = dict(hidden=16, batch_size=8, start_steps=40, low_uniform_steps=0, high_uniform_steps=100)
-
-
-@pytest.fixture
-def learn(tmp_path):
-    """The loop of train.py with a variant's agent, on PointPush for 140 steps."""
-
-    def learn(agent_class, **changes):
-        config = HIROConfig(**{**SHORT, **changes})
-        agent = agent_class(tasks.PointPush, config)
-        run = Run(
-            options.RunConfig("PointPush", total_steps=140, eval_episodes=1), config, tmp_path
-        )
-        run.task = tasks.PointPush
-        train.train(agent, run)
-        return agent
-
-    return learn
+CONFIG = test_hiro.small(high_uniform_steps=100, low_relabel=0.5, high_random=0.2)
+learn = test_hiro.learn  # the fixture
 
 
 def test_pre_training_is_on_gaussian_subgoals_and_then_over(learn):
-    agent = learn(variants.PreTraining)
+    agent = variants.PreTraining(tasks.PointPush, CONFIG)
+    learn(agent, 140, tasks.PointPush)
     assert (agent.low.updates, agent.high.updates) == (60, 4)  # from 41 to 100; at 110 ... 140
     for agent.steps, gaussian in ((100, True), (101, False)):
         subgoal = agent.high_action(torch.zeros(20_000, 7), torch.ones(20_000).bool())
@@ -45,16 +30,20 @@ def test_pre_training_is_on_gaussian_subgoals_and_then_over(learn):
 
 
 def test_the_transition_policy_gradient_s_subgoals_are_what_happened():
-    agent = variants.TransitionPolicyGradient(tasks.PointPush, HIROConfig(**SHORT))
+    agent = variants.TransitionPolicyGradient(tasks.PointPush, CONFIG)
     state, next_state = torch.zeros(20_000, 9), torch.zeros(20_000, 9)
     state[:, 1], next_state[:, 0] = 1.0, 4.9
-    subgoal, chosen = agent.correct({"state": state, "next_state": next_state})
+    subgoal, chosen = agent.correct(
+        {"state": state, "next_state": next_state, "subgoal": state[:, :2]}
+    )
     assert (chosen == 1).all() and subgoal.max() == 5
     assert abs(subgoal[:, 1].mean() + 1) < 0.02 and abs(subgoal[:, 1].std() - 0.5) < 0.02
 
 
 def test_without_hierarchy_one_td3_is_paid_for_the_task(learn):
-    agent = learn(variants.NoHierarchy, high_reward_scale=0.5)
+    config = dataclasses.replace(CONFIG, high_reward_scale=0.5)
+    agent = variants.NoHierarchy(tasks.PointPush, config)
+    learn(agent, 140, tasks.PointPush)
     rows = agent.low_buffer.rows()
     assert (agent.low.updates, agent.high.updates) == (100, 0) and len(rows["reward"]) == 140
     places, target = rows["next_state"][:, :2], torch.tensor([0.0, 19.0])

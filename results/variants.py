@@ -10,7 +10,6 @@ cosine           FeUdal Networks' directions: r = cos(s' - s, g), and h leaves g
 transition       FeUdal Networks' transition policy gradient in place of the correction
 """
 
-import contextlib
 import pathlib
 import sys
 
@@ -22,9 +21,8 @@ import hiro
 import relabel
 import train
 from buffers import ReplayBuffer
-from harness import options, runs
+from harness import options
 from hiro import HIRO, Policy
-from td3 import TD3
 
 
 class PreTraining(HIRO):
@@ -33,9 +31,8 @@ class PreTraining(HIRO):
     def high_action(self, obs, fresh):
         if self.high_learns:
             return super().high_action(obs, fresh)
-        shape = len(obs), len(self.subgoal_scale)
-        white = torch.randn(shape, generator=self.generator, device=self.device)
-        return (0.5 * self.subgoal_scale * white).clamp(-self.subgoal_scale, self.subgoal_scale)
+        still = torch.zeros(len(obs), len(self.subgoal_scale), device=self.device)
+        return self._explore(still, self.high, 0.5 * self.subgoal_scale)
 
     def update_low(self):
         return {} if self.high_learns else super().update_low()
@@ -45,11 +42,11 @@ class TransitionPolicyGradient(HIRO):
     """HIRO, but a subgoal is relabelled as what happened, give or take .1 of the half-range."""
 
     def correct(self, batch):
-        scale = self.subgoal_scale
-        change = (batch["next_state"] - batch["state"])[:, : len(scale)]
-        white = torch.randn(change.shape, generator=self.generator, device=self.device)
-        what_happened = torch.ones(len(change), dtype=torch.long, device=self.device)
-        return (change + 0.1 * scale * white).clamp(-scale, scale), what_happened
+        args = batch["state"], batch["next_state"], batch["subgoal"], self.subgoal_scale
+        draw = dict(num_random=1, spread=0.1, generator=self.generator)
+        *_, drawn = relabel.candidate_subgoals(*args, **draw).unbind(1)
+        what_happened = torch.ones(len(drawn), dtype=torch.long, device=self.device)
+        return drawn, what_happened
 
 
 class FlatPolicy(Policy):
@@ -65,19 +62,11 @@ class NoHierarchy(HIRO):
         config, one = self.config, torch.ones(task.action_dim)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.low = TD3(
-                max_action=one,
-                state_scale=torch.tensor(task.observation_scale),
-                action_scale=one,
-                critic_only=self.hidden_dim,
-                discount=config.high_discount,
-                squash_cost=config.squash_cost,
-                actor_lr=config.low_actor_lr,
-                critic_lr=config.low_critic_lr,
-                hidden=config.hidden,
-                generator=self.generator,
-                device=self.device,
+            scales = dict(
+                state_scale=torch.tensor(task.observation_scale).float(), action_scale=one
             )
+            own = dict(critic_only=self.hidden_dim, discount=config.high_discount)
+            self.low = self._learner("low", one, one, **scales, **own)
         seen = len(task.observation_scale) + self.hidden_dim
         fields = {"state": (seen,), "action": (task.action_dim,), "next_state": (seen,)}
         fields |= {"reward": (), "terminated": ()}
@@ -143,13 +132,7 @@ def main(argv):
     agent_class, more = VARIANTS[name]
     if name == "cosine":
         directions()
-    given = options.parse(flags if "--resume" in flags else [*flags, *more])
-    run = runs.resume(given) if "resume" in given else runs.start(given)
-    run.record["variant"] = name
-    with contextlib.closing(run):
-        with run.set_up():
-            agent = agent_class(run.task, run.config, run.num_envs, run.seed, run.device)
-        train.train(agent, run)
+    train.start(options.parse([*flags, *more]), agent_class, variant=name)
 
 
 if __name__ == "__main__":
