@@ -235,6 +235,8 @@ class HIRO:
     seed      of networks, exploration and sampling
     """
 
+    policy_class = Policy
+
     def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
         self.config = (config or HIROConfig()).for_task(task)
         self.device = torch.device(device)
@@ -247,7 +249,8 @@ class HIRO:
             torch.manual_seed(seed)
             self._make_learners(task)
         actors = self.low.actor, self.high.actor
-        self.policy = Policy(*actors, self.config.subgoal_steps, task.state_dim, task.low_blind)
+        numbers = self.config.subgoal_steps, task.state_dim, task.low_blind
+        self.policy = self.policy_class(*actors, *numbers)
         self._make_buffers(task, num_envs)
         self.steps = 0  # environment steps so far, of all N together
 
@@ -275,11 +278,11 @@ class HIRO:
         self.low_noise = (config.low_noise * low_unit).to(self.device)
         self.high_noise = (config.high_noise * high_unit).to(self.device)
 
-    def _learner(self, level, max_action, unit, **more):
+    def _learner(self, level, max_action, unit, kind=TD3, **more):
         """A TD3 with the settings of this level; unit: what its noise is measured in."""
         config, names = self.config, ("discount", "tau", "actor_lr", "critic_lr")
         own = {name: getattr(config, f"{level}_{name}") for name in names}
-        return TD3(
+        return kind(
             max_action=max_action,
             policy_noise=config.policy_noise * unit,
             noise_clip=config.noise_clip * unit,

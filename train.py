@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from harness import options, runs
-from hiro import HIRO, Policy, goal_transition, intrinsic_reward
+from hiro import HIRO, goal_transition, intrinsic_reward
 
 
 def train(agent, run):
@@ -105,17 +105,18 @@ def mean(results):
     return {name: float(np.mean([result[name] for result in results])) for name in names}
 
 
-def eval_only(given):
+def eval_only(given, agent_class=HIRO, variant=None):
     """Print what a saved policy achieves; draw, film or show it if asked to."""
     from harness import look
 
     path, which = given["eval_only"], given.get("which", "latest")
     saved = runs.load(path, *runs.POLICY)
+    runs.check_variant(path, saved, variant)
     if given.get("env", saved["env"]) != saved["env"]:
         raise options.UserError(f"{path} is a policy for {saved['env']}, not {given['env']}")
     settings, _ = options.configs({**given, "env": saved["env"]})
     runs.prepare(settings.threads)
-    policy = Policy.from_state_dict(saved[which]["policy"], settings.device)
+    policy = agent_class.policy_class.from_state_dict(saved[which]["policy"], settings.device)
     with look.Viewer(settings, given, policy.subgoal_steps) as viewer:
         print(f"{settings.env}, trained for {saved[which]['step']:,} steps: {viewer.plan}")
         results = evaluate(policy, viewer.envs, viewer.episodes, settings.seed, viewer.watch)
@@ -124,22 +125,17 @@ def eval_only(given):
         viewer.finish(results)
 
 
-def start(given, agent_class=HIRO, **record):
-    """Start or resume a run with these flags and train; config.json gets `record`, too."""
-    run = runs.resume(given) if "resume" in given else runs.start(given)
-    run.record |= record
-    with contextlib.closing(run):
-        with run.set_up():
-            agent = agent_class(run.task, run.config, run.num_envs, run.seed, run.device)
-        train(agent, run)
-
-
-def main(argv=None):
+def main(argv=None, agent_class=HIRO, variant=None):
+    """Do what the command line says, with HIRO or, under a name of its own, a variant of it."""
     with options.one_line_errors():
         given = options.parse(sys.argv[1:] if argv is None else argv)
         if "eval_only" in given:
-            return eval_only(given)
-        start(given)
+            return eval_only(given, agent_class, variant)
+        run = (runs.resume if "resume" in given else runs.start)(given, variant)
+        with contextlib.closing(run):
+            with run.set_up():
+                agent = agent_class(run.task, run.config, run.num_envs, run.seed, run.device)
+            train(agent, run)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def prepare(threads):
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
 
 
-def start(given):
+def start(given, variant=None):
     """A new Run in a new folder."""
     settings, config = configs(given)
     if settings.run_dir is None:
@@ -149,6 +149,7 @@ def start(given):
         raise UserError(f"{folder} is not empty; give another --run-dir, or --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     saved = {
+        "variant": variant,
         "preset": given.get("preset", "default"),
         "run": dataclasses.asdict(settings),
         "algorithm": dataclasses.asdict(config),
@@ -158,7 +159,7 @@ def start(given):
     return Run(settings, config, folder, saved)
 
 
-def resume(given):
+def resume(given, variant=None):
     """An interrupted Run, from its newest readable checkpoint."""
     folder = pathlib.Path(given.pop("resume"))
     if not (folder / "config.json").is_file():
@@ -169,6 +170,7 @@ def resume(given):
         started, known = saved["versions"]["commit"], set(saved["algorithm"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--resume {folder}: config.json is damaged") from None
+    check_variant(f"--resume {folder}", saved, variant)
     if other := known ^ {field.name for field in dataclasses.fields(HIROConfig)}:
         raise UserError(
             f"--resume {folder}: started at commit {started}, when {', '.join(sorted(other))} "
@@ -197,6 +199,16 @@ def resume(given):
     return Run(settings, config, folder, saved, state)
 
 
+def check_variant(what, saved, variant):
+    """Raise UserError if a saved run or policy is not of this agent: none but its own fits it."""
+    if (other := saved.get("variant")) != variant:
+        raise UserError(f"{what} is for {command(other)}")
+
+
+def command(variant):
+    return f"python results/variants.py {variant}" if variant else "python train.py"
+
+
 def reached(folder):
     """The step of the last evaluation in progress.csv; 0 if there is none."""
     try:
@@ -218,7 +230,7 @@ class Run:
 
     def __init__(self, settings, config, folder, record=None, state=None):
         self.__dict__.update(dataclasses.asdict(settings))
-        self.config, self.folder, self.record, self.state = config, folder, record, state
+        self.config, self.folder, self.record, self.state = config, folder, record or {}, state
         self.task = find_task(self.env)
         self.envs = self.eval_envs = None  # begin() makes them, close() closes them
         self.stop = False  # a signal came,
@@ -378,7 +390,8 @@ class Run:
         score = self.task.score, "return"
         if self.best is None or [latest[k] for k in score] >= [self.best[k] for k in score]:
             self.best = latest
-        policy = {"format": POLICY[1], "env": self.env, "latest": latest, "best": self.best}
+        policy = {"format": POLICY[1], "env": self.env, "variant": self.record.get("variant")}
+        policy |= {"latest": latest, "best": self.best}
         write_atomically(self.folder / "policy.pt", lambda file: torch.save(policy, file))
         self.terminal.row(row)
 
@@ -481,7 +494,8 @@ class Terminal:
         if step < self.run.total_steps:
             print(f"{clear_line()}stopped at {step:,} steps: --resume {folder}")
         if (folder / "policy.pt").exists():
-            print(f"{clear_line()}next: python train.py --eval-only {folder}/policy.pt")
+            script = command(self.run.record.get("variant"))
+            print(f"{clear_line()}next: {script} --eval-only {folder}/policy.pt")
 
 
 GROUPS = ("train", "low", "high", "chosen")

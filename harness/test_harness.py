@@ -193,7 +193,7 @@ def test_a_run_killed_and_stopped_equals_an_uninterrupted_one(name, how, tmp_pat
 
 
 def test_ctrl_c_before_the_first_step_ends_without_a_traceback(monkeypatch):
-    monkeypatch.setattr(runs, "start", lambda given: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(runs, "start", lambda *given: signal.raise_signal(signal.SIGINT))
     assert main(IDLE) == (130, "", "")
 
 

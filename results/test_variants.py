@@ -12,7 +12,6 @@ import hiro
 import relabel
 import test_hiro
 import train
-from harness import options
 from results import variants
 
 CONFIG = test_hiro.small(high_uniform_steps=100, low_relabel=0.5, high_random=0.2)
@@ -54,40 +53,165 @@ def test_without_hierarchy_one_td3_is_paid_for_the_task(learn):
     assert np.array_equal(acts, agent.low.act(rows["state"])) and (acts[1:] != acts[0]).any()
 
 
-def test_directions_are_carried_over_and_pay_the_cosine(monkeypatch):
-    for module, name in ((train, "goal_transition"), (train, "intrinsic_reward")):
-        monkeypatch.setattr(module, name, getattr(module, name))  # put back behind this test
-        monkeypatch.setattr(hiro, name, getattr(hiro, name))
-    monkeypatch.setattr(relabel, "subgoal_sequences", relabel.subgoal_sequences)
-    variants.directions()
+@pytest.fixture
+def there(monkeypatch):
+    """Where subgoals live may be moved in the test, and is put back behind it."""
+    for module in (train, hiro):
+        for name in ("goal_transition", "intrinsic_reward"):
+            monkeypatch.setattr(module, name, getattr(module, name))
+    for name in ("candidate_subgoals", "subgoal_sequences"):
+        monkeypatch.setattr(relabel, name, getattr(relabel, name))
+    for name in ("embed", "directions"):
+        monkeypatch.setattr(variants.space, name, getattr(variants.space, name))
+    variants.move_there()
+    return variants.space
+
+
+def least_missed(policy, states, actions, every, wanted):
+    """The relabelling by a loop: wanted(g, states, i) is what g asks for at step i."""
+    for b, candidates in enumerate(every):
+        misses = [
+            sum(
+                ((actions[b, i] - policy(states[b, i], wanted(g, states[b], i))) ** 2).sum()
+                for i in range(states.shape[1])
+            )
+            for g in candidates
+        ]
+        yield int(np.argmin(misses))
+
+
+def test_directions_are_carried_over_and_pay_the_cosine(there):
+    there.directions = True
     args = np.array([1.0, 1.0, 9.0]), np.array([3.0, 4.0]), np.array([1.0, 6.0, 0.0])
     for module in (train, hiro):
         assert np.isclose(module.intrinsic_reward(*args), 4 / 5)  # of (0, 5) and (3, 4)
         assert module.goal_transition(*args) is args[1]
     states, actions = torch.randn(3, 4, 2), torch.randn(3, 4, 2)
     subgoal, next_state, scale = torch.randn(3, 2), torch.randn(3, 2), torch.ones(2)
-    args = lambda s, g: g + s, states, actions, subgoal, next_state, scale  # noqa: E731
-    chosen, index = relabel.relabel(*args, generator=torch.Generator().manual_seed(0))
-    every = relabel.candidate_subgoals(
-        states[:, 0], next_state, subgoal, scale, generator=torch.Generator().manual_seed(0)
-    )
-    for b in range(3):
-        misses = [sum(((actions[b] - g - states[b]) ** 2).sum(1)) for g in every[b]]
-        assert index[b] == np.argmin(misses) and torch.equal(chosen[b], every[b, index[b]])
+    policy = lambda s, g: g + s  # noqa: E731
+    args, seed = (policy, states, actions, subgoal, next_state, scale), torch.Generator
+    chosen, index = relabel.relabel(*args, generator=seed().manual_seed(0))
+    args = states[:, 0], next_state, subgoal, scale
+    every = variants.candidate_subgoals(*args, generator=seed().manual_seed(0))
+    right = list(least_missed(policy, states, actions, every, lambda g, states, i: g))
+    assert index.tolist() == right and torch.equal(chosen, every[torch.arange(3), index])
+
+
+def test_subgoals_are_changes_of_the_embedding(there):
+    """Of squares, (x, y) -> (x^2, y^2), everywhere: the reward, h, the candidates, their steps."""
+    there.embed = lambda state: state[..., :2] ** 2
+    args = np.array([1.0, 2.0, 9.0]), np.array([6.0, 4.0]), np.array([2.0, 2.0, 0.0])
+    for module in (train, hiro):
+        assert module.goal_transition(*args).tolist() == [3, 4]  # (1, 4) + (6, 4) - (4, 4)
+        assert module.intrinsic_reward(*args) == -5
+    states, actions = torch.randn(3, 4, 5), torch.randn(3, 4, 2)
+    subgoal, next_state, scale = torch.randn(3, 2), torch.randn(3, 5), torch.ones(2)
+    policy = lambda s, g: g + s[..., :2]  # noqa: E731
+    args, seed = (policy, states, actions, subgoal, next_state, scale), torch.Generator
+    chosen, index = relabel.relabel(*args, generator=seed().manual_seed(0))
+    args = states[:, 0, :2] ** 2, next_state[:, :2] ** 2, subgoal, scale
+    every = variants.candidate_subgoals(*args, generator=seed().manual_seed(0))
+    squared = lambda g, states, i: g + states[0, :2] ** 2 - states[i, :2] ** 2  # noqa: E731
+    assert index.tolist() == list(least_missed(policy, states, actions, every, squared))
+    assert torch.equal(chosen, every[torch.arange(3), index])
+
+
+@pytest.mark.parametrize("kind", [variants.Representation, variants.FeUdal])
+def test_the_representation_is_the_high_level_s_and_its_critic_s_loss_teaches_it(
+    there, learn, kind
+):
+    there.directions = kind is variants.FeUdal
+    config = dataclasses.replace(CONFIG, high_critic_lr=1e-6, squash_cost=0.0)
+    agent = kind(tasks.PointPush, config)
+    learn(agent, 160, tasks.PointPush)
+    sight, batch = agent.high.sight, agent.high_buffer.sample(8)
+    assert agent.subgoal_scale.tolist() == [1, 1] and agent.high.updates == 6
+    seen = sight(batch["state"])  # phi(s), target, block
+    assert seen.shape == (8, 2 + 2 + 2) and torch.equal(seen[:, 2:], batch["state"][:, 5:])
+
+    step = agent.low_buffer.sample(8)
+    before, after = (sight.embed(step[name]).detach() for name in ("state", "next_state"))
+    agent.swap_subgoals(step)
+    aim = before + step["subgoal"] - after
+    if there.directions:
+        reward, aim = torch.cosine_similarity(after - before, step["subgoal"]), step["subgoal"]
+    else:
+        reward = -aim.norm(dim=1)
+    torch.testing.assert_close(step["reward"], agent.config.low_reward_scale * reward)
+    torch.testing.assert_close(step["next_subgoal"], aim)
+
+    if kind is variants.FeUdal:
+        changes = sight.embed(batch["next_state"]) - sight.embed(batch["state"])
+        drawn = torch.stack([agent.correct(batch)[0] for _ in range(400)])
+        assert (drawn.mean(0) - changes).abs().max() < 0.03 and 0.09 < drawn.std(0).mean() < 0.11
+
+    batch["action"], agent.high.policy_noise = batch["subgoal"], torch.zeros(2)
+    view, weight = sight(batch["next_state"]).detach(), sight.phi[2].bias
+    y = agent.high.target_q(batch["reward"], view, batch["terminated"])
+
+    def loss():
+        q = torch.stack(agent.high.critic(sight(batch["state"]), batch["action"]))
+        return torch.nn.functional.huber_loss(q, y.expand_as(q), reduction="sum").item() / 8
+
+    slopes = []
+    for i in range(2):
+        values = []
+        for change in (0.01, -0.02):
+            weight.data[i] += change
+            values.append(loss())
+        weight.data[i] += 0.01
+        slopes.append((values[0] - values[1]) / 0.02)
+    agent.high.update(batch)
+    torch.testing.assert_close(weight.grad, torch.tensor(slopes), rtol=0.02, atol=1e-5)
+
+
+def test_a_representation_is_saved_with_its_policy(there, learn, tmp_path):
+    agent = variants.Representation(tasks.PointPush, CONFIG)
+    learn(agent, 160, tasks.PointPush, eval_every=160)
+    obs = torch.randn(25, 3, 7)
+    acts = np.stack([agent.policy.act(o) for o in obs])
+    other = variants.Representation(tasks.PointPush, CONFIG, seed=1)
+    other.load_state_dict(agent.state_dict())
+    saved = torch.load(tmp_path / "policy.pt", weights_only=True)["latest"]["policy"]
+    for policy in (other.policy, variants.SeeingPolicy.from_state_dict(saved)):
+        assert np.array_equal(acts, np.stack([policy.act(o) for o in obs]))
 
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
-def test_each_row_is_one_command_and_says_which_it_is(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train", lambda agent, run: None)
-    monkeypatch.setattr(variants, "directions", lambda: None)
-    variants.main([name, "--env", "PointPush", "--run-dir", str(tmp_path / "run")])
-    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+def test_each_row_is_one_command_and_goes_on_as_no_other(
+    name, tmp_path, monkeypatch, capsys, there
+):
+    folder, agents = tmp_path / "run", []
+    monkeypatch.setattr(train, "train", lambda agent, run: agents.append(type(agent)))
+    variants.main([name, "--env", "PointPush", "--run-dir", str(folder)])
+    saved = json.loads((folder / "config.json").read_text())
     assert saved["variant"] == name
     assert saved["algorithm"]["correction"] == (name != "no-correction")
     assert saved["algorithm"]["low_relabel"] == (1 if name == "random-subgoals" else 0.5)
+    assert there.directions == (name in ("cosine", "feudal"))
+    variants.main([name, "--resume", str(folder)])
+    assert agents == 2 * [variants.VARIANTS[name][0]]
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--resume", str(folder)])
+    assert f"is for python results/variants.py {name}" in capsys.readouterr().err
 
 
-def test_a_variant_must_be_named():
+@pytest.mark.parametrize("name", ["no-hierarchy", "feudal"])
+def test_a_row_s_policy_is_evaluated_by_its_name_alone(name, tmp_path, capsys, there):
+    path, few = str(tmp_path / "policy.pt"), ["--batch-size=8", "--hidden=8"]
+    few += ["--total-steps=60", "--start-steps=20", "--eval-every=60", "--eval-episodes=1"]
+    variants.main([name, "--env=PointPush", f"--run-dir={tmp_path}", *few])
+    assert f"variants.py {name} --eval-only {path}" in capsys.readouterr().out
+    variants.main([name, "--eval-only", path, "--eval-episodes=1"])
+    assert "trained for 60 steps" in capsys.readouterr().out
+    for wrong in (train.main, lambda argv: variants.main(["no-correction", *argv])):
+        with pytest.raises(SystemExit, match="2"):
+            wrong(["--eval-only", path])
+        assert f"is for python results/variants.py {name}" in capsys.readouterr().err
+
+
+def test_a_variant_must_be_named(capsys):
     for argv in ([], ["--env", "PointPush"]):
-        with pytest.raises(options.UserError, match="no-correction, random-subgoals"):
+        with pytest.raises(SystemExit, match="2"):
             variants.main(argv)
+        assert "name a variant first: no-correction, random" in capsys.readouterr().err

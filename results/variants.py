@@ -6,14 +6,23 @@ no-correction    the high level learns from subgoals as they were set
 random-subgoals  every low-level sample is given another one's subgoal
 pre-training     the low level learns alone, on Gaussian subgoals, and then no more
 no-hierarchy     one TD3 on the task
-cosine           FeUdal Networks' directions: r = cos(s' - s, g), and h leaves g as it is
-transition       FeUdal Networks' transition policy gradient in place of the correction
+
+FeUdal Networks' parts (Vezhnevets et al. 2017) in HIRO's frame:
+
+representation   subgoals are changes of an embedding of the state that the high level learns
+cosine           directions: r = cos(s' - s, g), and h leaves g as it is
+transition       the transition policy gradient in place of the correction
+feudal           all three
 """
 
 import pathlib
 import sys
+import types
 
+import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -22,7 +31,9 @@ import relabel
 import train
 from buffers import ReplayBuffer
 from harness import options
-from hiro import HIRO, Policy
+from hiro import HIRO, Policy, goal_transition
+from relabel import candidate_subgoals, subgoal_sequences
+from td3 import TD3
 
 
 class PreTraining(HIRO):
@@ -38,17 +49,6 @@ class PreTraining(HIRO):
         return {} if self.high_learns else super().update_low()
 
 
-class TransitionPolicyGradient(HIRO):
-    """HIRO, but a subgoal is relabelled as what happened, give or take .1 of the half-range."""
-
-    def correct(self, batch):
-        args = batch["state"], batch["next_state"], batch["subgoal"], self.subgoal_scale
-        draw = dict(num_random=1, spread=0.1, generator=self.generator)
-        *_, drawn = relabel.candidate_subgoals(*args, **draw).unbind(1)
-        what_happened = torch.ones(len(drawn), dtype=torch.long, device=self.device)
-        return drawn, what_happened
-
-
 class FlatPolicy(Policy):
     def low_input(self, state, subgoal):
         return state[..., : len(self.low.state_scale)]
@@ -56,6 +56,8 @@ class FlatPolicy(Policy):
 
 class NoHierarchy(HIRO):
     """HIRO, but its low level is paid the task's reward, sees all, and nobody sets it subgoals."""
+
+    policy_class = FlatPolicy
 
     def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
         super().__init__(task, config, num_envs, seed, device)
@@ -67,13 +69,12 @@ class NoHierarchy(HIRO):
             )
             own = dict(critic_only=self.hidden_dim, discount=config.high_discount)
             self.low = self._learner("low", one, one, **scales, **own)
+        self.policy.low = self.low.actor
         seen = len(task.observation_scale) + self.hidden_dim
         fields = {"state": (seen,), "action": (task.action_dim,), "next_state": (seen,)}
         fields |= {"reward": (), "terminated": ()}
         kwargs = dict(generator=self.generator, device=self.device)
         self.low_buffer = ReplayBuffer(config.low_buffer_size, fields, **kwargs)
-        actors = self.low.actor, self.high.actor
-        self.policy = FlatPolicy(*actors, config.subgoal_steps, task.state_dim, task.low_blind)
 
     def remember_step(self, *_):
         pass
@@ -90,29 +91,160 @@ class NoHierarchy(HIRO):
         return {}
 
 
-def cosine(state, subgoal, next_state):
-    """r = cos(s' - s, g), in the units of the state; arguments as hiro.intrinsic_reward's."""
+# ---------------------------------------------------------------------- FeUdal Networks' parts
+
+
+class TransitionPolicyGradient(HIRO):
+    """HIRO, but a subgoal is relabelled as what happened, give or take .1 of the half-range."""
+
+    def correct(self, batch):
+        args = batch["state"], batch["next_state"], batch["subgoal"], self.subgoal_scale
+        draw = dict(num_random=1, spread=0.1, generator=self.generator)
+        *_, drawn = relabel.candidate_subgoals(*args, **draw).unbind(1)
+        what_happened = torch.ones(len(drawn), dtype=torch.long, device=self.device)
+        return drawn, what_happened
+
+
+# Where subgoals live: they are changes of embed(s), as places to reach or as directions.
+space = types.SimpleNamespace(embed=lambda state: state, directions=False)
+
+
+@torch.no_grad()
+def transition_there(state, subgoal, next_state):
+    """h(s, g, s') = g of a direction; else s + g - s', with embed(s) for s."""
+    if space.directions:
+        return subgoal
+    return goal_transition(space.embed(state), subgoal, space.embed(next_state))
+
+
+@torch.no_grad()
+def reward_there(state, subgoal, next_state):
+    """r = cos(s' - s, g) of a direction; else -‖s + g - s'‖, with embed(s) for s."""
+    state, next_state = space.embed(state), space.embed(next_state)
+    if not space.directions:
+        return -((goal_transition(state, subgoal, next_state) ** 2).sum(-1) ** 0.5)
     change = (next_state - state)[..., : subgoal.shape[-1]]
     norms = (change**2).sum(-1) ** 0.5 * (subgoal**2).sum(-1) ** 0.5
     return (change * subgoal).sum(-1) / (norms + 1e-8)
 
 
-def carried_over(state, subgoal, next_state):
-    """h(s, g, s') = g."""
-    return subgoal
+@torch.no_grad()
+def candidates_there(state, next_state, *args, **kwargs):
+    return candidate_subgoals(space.embed(state), space.embed(next_state), *args, **kwargs)
 
 
-def all_the_same(states, candidates):
-    """relabel.subgoal_sequences where h carries subgoals over."""
-    batch, k, d = candidates.shape
-    return candidates[:, :, None].expand(batch, k, states.shape[1], d)
+@torch.no_grad()
+def sequences_there(states, candidates):
+    if space.directions:
+        return candidates[:, :, None].expand(-1, -1, states.shape[1], -1)
+    return subgoal_sequences(space.embed(states), candidates)
 
 
-def directions():
-    """Put cosine() and its h where the loop, the agent and the relabelling look for theirs."""
+def move_there():
+    """Put these where the loop, the agent and the relabelling look for theirs."""
     for module in (train, hiro):
-        module.goal_transition, module.intrinsic_reward = carried_over, cosine
-    relabel.subgoal_sequences = all_the_same
+        module.goal_transition, module.intrinsic_reward = transition_there, reward_there
+    relabel.candidate_subgoals, relabel.subgoal_sequences = candidates_there, sequences_there
+
+
+class Sight(nn.Module):
+    """What a high level sees: an observation with an embedding phi(s) in place of the state."""
+
+    def __init__(self, state_scale, d, hidden):
+        super().__init__()
+        self.register_buffer("state_scale", state_scale.clone())
+        layers = nn.Linear(len(state_scale), hidden), nn.ReLU(), nn.Linear(hidden, d)
+        self.phi = nn.Sequential(*layers)  # initialised as torch does: outputs of order .1 to 1
+
+    def embed(self, state):
+        """phi(s): state [..., >= S], array or tensor -> [..., d], likewise."""
+        if isinstance(state, np.ndarray):
+            return self.embed(torch.tensor(state, device=self.state_scale.device)).cpu().numpy()
+        return self.phi(state[..., : len(self.state_scale)] * self.state_scale)
+
+    def forward(self, obs):
+        return torch.cat([self.embed(obs), obs[..., len(self.state_scale) :]], -1)
+
+
+class SeeingActor(nn.Module):
+    def __init__(self, sight, actor):
+        super().__init__()
+        self.sight, self.actor, self.max_action = sight, actor, actor.max_action
+
+    def forward(self, obs):
+        return self.actor(self.sight(obs))
+
+
+class SeeingPolicy(Policy):
+    @classmethod
+    def from_state_dict(cls, state, device="cpu"):
+        parts = {"sight": {}, "actor": {}}
+        for name, weights in state["high"].items():
+            part, _, name = name.partition(".")
+            parts[part][name] = weights
+        policy = super().from_state_dict({**state, "high": parts["actor"]}, device)
+        scale, hidden = parts["sight"]["state_scale"], len(parts["sight"]["phi.0.bias"])
+        sight = Sight(scale, len(policy.high.max_action), hidden).to(device)
+        sight.load_state_dict(parts["sight"])
+        policy.high, space.embed = SeeingActor(sight, policy.high), sight.embed
+        return policy
+
+
+class SeeingTD3(TD3):
+    """TD3, but it looks through a Sight, which the critic's loss teaches."""
+
+    PARTS = (*TD3.PARTS, "sight", "sight_optimizer")
+
+    def __init__(self, sight, critic_lr, **more):
+        super().__init__(critic_lr=critic_lr, **more)
+        self.sight = sight
+        self.sight_optimizer = torch.optim.Adam(sight.parameters(), critic_lr)
+
+    @torch.no_grad()
+    def act(self, state):
+        return super().act(self.sight(state))
+
+    def update(self, batch):
+        view, next_view = self.sight(batch["state"]), self.sight(batch["next_state"]).detach()
+        target = self.target_q(batch["reward"], next_view, batch["terminated"])
+        loss = sum(F.huber_loss(q, target) for q in self.critic(view, batch["action"]))
+        self.sight_optimizer.zero_grad()
+        loss.backward()
+        self.sight_optimizer.step()
+        return super().update({**batch, "state": view.detach(), "next_state": next_view})
+
+
+class Representation(HIRO):
+    """HIRO, but subgoals are changes, within ±1, of the high level's own view of the state.
+
+    Old steps' rewards and next subgoals follow that view.
+    """
+
+    policy_class = SeeingPolicy
+
+    def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
+        one = np.ones_like(task.subgoal_scale)
+        task = type(task.__name__, (task,), {"subgoal_scale": one})
+        super().__init__(task, config, num_envs, seed, device)
+        one, scale = torch.tensor(one).float(), torch.tensor(task.observation_scale).float()
+        seen, features = scale[: task.state_dim], scale[task.state_dim :]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            sight = Sight(seen, len(one), self.config.hidden).to(self.device)
+            scales = dict(state_scale=torch.cat([one, features]), action_scale=one)
+            own = dict(critic_only=self.hidden_dim, sight=sight)
+            self.high = self._learner("high", one, one, SeeingTD3, **scales, **own)
+        self.policy.high, space.embed = SeeingActor(sight, self.high.actor), sight.embed
+
+    def swap_subgoals(self, batch):
+        super().swap_subgoals(batch)
+        step = batch["state"], batch["subgoal"], batch["next_state"]
+        batch["reward"] = self.config.low_reward_scale * reward_there(*step)
+        batch["next_subgoal"] = transition_there(*step)
+
+
+class FeUdal(TransitionPolicyGradient, Representation):
+    """HIRO, but with FeUdal Networks' representation, directions and policy gradient."""
 
 
 VARIANTS = {  # name: the agent, flags
@@ -120,21 +252,26 @@ VARIANTS = {  # name: the agent, flags
     "random-subgoals": (HIRO, ["--low-relabel=1"]),
     "pre-training": (PreTraining, []),
     "no-hierarchy": (NoHierarchy, []),
+    "representation": (Representation, []),
     "cosine": (HIRO, []),
     "transition": (TransitionPolicyGradient, []),
+    "feudal": (FeUdal, []),
 }
 
 
 def main(argv):
     name, *flags = argv or [None]
-    if name not in VARIANTS:
-        raise options.UserError(f"name a variant first: {', '.join(VARIANTS)}")
+    with options.one_line_errors():
+        if name not in VARIANTS:
+            raise options.UserError(f"name a variant first: {', '.join(VARIANTS)}")
     agent_class, more = VARIANTS[name]
-    if name == "cosine":
-        directions()
-    train.start(options.parse([*flags, *more]), agent_class, variant=name)
+    if name in ("representation", "cosine", "feudal"):
+        space.directions = name != "representation"
+        move_there()
+    if any(flag.startswith("--eval-only") for flag in flags):
+        more = []  # these are for training
+    train.main([*flags, *more], agent_class, variant=name)
 
 
 if __name__ == "__main__":
-    with options.one_line_errors():
-        main(sys.argv[1:])
+    main(sys.argv[1:])
