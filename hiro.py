@@ -61,7 +61,8 @@ class HIROConfig:
     low_discount: float = option(0.98, "gamma, per step (C.2)", most=1)  # Differs 5
     high_discount: float = option(0.99, "gamma, per c steps (C.2)", most=1)
     low_tau: float = option(0.005, "how far targets move at a delayed update (C.2)", TINY, 1)
-    high_tau: float = option(0.005, "how far targets move at a delayed update (C.2)", TINY, 1)
+    # Differs 8: a value travels one decision back per 1 / tau delayed updates, 1,000 steps
+    high_tau: float = option(0.02, "how far targets move at a delayed update (C.2)", TINY, 1)
     batch_size: int = option(100, "transitions per gradient step, both levels", 1)
     hidden: int = option(300, "units in each of the two hidden layers (C.1)", 1)
     # Differs 2: all noise in fractions of the range
@@ -94,11 +95,11 @@ class HIROConfig:
     )
     high_random: float = option(0.2, "share of subgoals that stay uniformly random", most=1)
     high_random_length: int = option(4, "subgoals in a row that are the same random one, mean", 1)
-    # Differs 9: what the state leaves out, no bootstrap could pass on
+    # Differs 10: what the state leaves out, no bootstrap could pass on
     critic_sees_hidden: bool = option(
         True, "in training the high level's critic sees what the state leaves out: blocks"
     )
-    # Differs 8: tanh passes no gradient back from a corner of the range
+    # Differs 9: tanh passes no gradient back from a corner of the range
     squash_cost: float = option(0.01, "factor on an actor's squared outputs before tanh, its cost")
     update_every: int = option(
         1, "environment steps per low-level update (C.2); high: c times that", 1
@@ -126,6 +127,7 @@ PRESETS = {
         units="raw",
         low_noise=1.0,
         high_noise=1.0,
+        high_tau=0.005,
         low_actor_lr=1e-4,
         low_critic_lr=1e-3,
         start_steps=2_500,
@@ -460,7 +462,7 @@ class HIRO:
 
     def correct(self, batch):
         """The off-policy correction on a sampled high-level batch: subgoal [B, d], index [B]."""
-        # Differs 11: bfloat16 products; only the best of ten likelihoods is asked for
+        # Differs 12: bfloat16 products; only the best of ten likelihoods is asked for
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             return relabel(
                 self.policy.low_action,
