@@ -94,7 +94,7 @@ class HIROConfig:
         None, "environment steps with uniformly random subgoals (default: the task's)"
     )
     high_random: float = option(0.2, "share of subgoals that stay uniformly random", most=1)
-    high_random_length: int = option(4, "subgoals in a row that are the same random one, mean", 1)
+    high_random_length: int = option(4, "times in a row that a random subgoal is set, mean", 1)
     # Differs 10: what the state leaves out, no bootstrap could pass on
     critic_sees_hidden: bool = option(
         True, "in training the high level's critic sees what the state leaves out: blocks"
@@ -336,18 +336,16 @@ class HIRO:
 
         fresh  [N]  which of them will be used
         """
-        if self.steps < self.config.high_uniform_steps:
-            return self._uniform(len(obs), self.high.max_action)
-        subgoal = self._explore(self.high.act(obs), self.high, self.high_noise)
+        own = self._explore(self.high.act(obs), self.high, self.high_noise)
         # Differs 3: a random one stays for some segments, to lead where no single one does
+        share = 1 if self.steps < self.config.high_uniform_steps else self.config.high_random
         draw = torch.rand(2, len(obs), generator=self.generator, device=self.device)
-        new = draw[0] < 1 / self.config.high_random_length
-        held = self.segment["random"] & ~new
-        new &= draw[1] < self.config.high_random
-        self.segment["random"] = torch.where(fresh, held | new, self.segment["random"])
-        subgoal = torch.where(held[:, None], self.segment["subgoal"], subgoal)
+        toss = (draw[0] < 1 / self.config.high_random_length) | (self.steps == 0)
+        random = torch.where(toss, draw[1] < share, self.segment["random"])
+        self.segment["random"] = torch.where(fresh, random, self.segment["random"])
         uniform = self._uniform(len(obs), self.high.max_action)
-        return torch.where(new[:, None], uniform, subgoal)
+        uniform = torch.where(toss[:, None], uniform, self.segment["subgoal"])
+        return torch.where(random[:, None], uniform, own)
 
     @torch.no_grad()
     def low_action(self, obs, subgoal):

@@ -360,32 +360,37 @@ def test_exploration_noise_has_the_stated_scale_and_is_clipped__C_2():
 
 
 def test_each_level_starts_with_uniform_draws_for_as_long_as_it_is_told():
-    noise = dict(low_noise=0.0, high_noise=0.0)
-    agent = HIRO(tasks.AntMaze, small(low_uniform_steps=10, high_uniform_steps=20, **noise))
-    obs, zero = torch.zeros(20_000, 32), torch.zeros(20_000, 15)
-    fresh = torch.ones(20_000, dtype=torch.bool)
-    for agent.steps, low, high in ((9, True, True), (10, False, True), (20, False, False)):
-        for uniform, draw, scale in (
-            (low, agent.low_action(obs, zero), torch.ones(8)),
-            (high, agent.high_action(obs, fresh), torch.tensor(ANT_RANGE)),
-        ):
-            quartiles = torch.quantile(draw / scale, torch.tensor([0.0, 0.25, 0.5, 0.75, 1]), dim=0)
-            expected = torch.tensor([-1, -0.5, 0.0, 0.5, 1])[:, None].expand_as(quartiles)
-            torch.testing.assert_close(quartiles, uniform * expected, atol=0.03, rtol=0)
+    N, noise = 20_000, dict(low_noise=0.0, high_noise=0.0)
+    few = small(low_uniform_steps=10, high_uniform_steps=20, **noise)
+    agent = HIRO(tasks.AntMaze, few, num_envs=N)
+    obs, zero, fresh = torch.zeros(N, 32), torch.zeros(N, 15), torch.ones(N, dtype=torch.bool)
+    for agent.steps in range(80):
+        subgoal = agent.segment["subgoal"] = agent.high_action(obs, fresh)
+        if agent.steps in (0, 9, 10, 19, 79):  # at the last all have tossed again
+            for uniform, draw, scale in (
+                (agent.steps < 10, agent.low_action(obs, zero), torch.ones(8)),
+                (agent.steps < 20, subgoal, torch.tensor(ANT_RANGE)),
+            ):
+                quarters = torch.tensor([0.0, 0.25, 0.5, 0.75, 1])
+                quartiles = torch.quantile(draw / scale, quarters, dim=0)
+                expected = (2 * quarters - 1)[:, None].expand_as(quartiles)
+                torch.testing.assert_close(quartiles, uniform * expected, atol=0.03, rtol=0)
 
 
-def test_a_share_of_subgoals_stays_uniformly_random_and_the_same_for_a_while():
+@pytest.mark.parametrize("uniform_steps, share", [(0, 0.3), (99, 1.0)])
+def test_random_subgoals_stay_the_same_for_a_while(uniform_steps, share):
     N, changes = 20_000, dict(high_random=0.3, high_random_length=4, high_noise=0.0)
-    agent = HIRO(tasks.PointMaze, small(**changes), num_envs=N)
+    few = small(high_uniform_steps=uniform_steps, **changes)
+    agent = HIRO(tasks.PointMaze, few, num_envs=N)
     obs, fresh = randn(N, 7), torch.arange(N) % 4 > 0
     own, before, random = agent.high.act(obs), torch.zeros(N, 2), None
-    for _ in range(16):  # .75^16 is .01: what is drawn now does not know of the start
+    for agent.steps in range(16):  # .75^15 is .01: what is drawn now does not know of the start
         was_random, subgoal = random, agent.high_action(obs, fresh)
         random = (subgoal != own).all(1)
         repeated = (subgoal == before).all(1)
         agent.segment["subgoal"] = before = subgoal
     assert not agent.segment["random"][~fresh].any()  # their turn to draw has not come
-    assert abs(random[fresh].float().mean() - 0.3) < 0.02
+    assert abs(random[fresh].float().mean() - share) < 0.02
     assert torch.equal(subgoal[~random], own[~random])
     assert ((subgoal[random] / 5).std(0) - 3**-0.5).abs().max() < 0.02  # uniform in ±5
     assert abs(repeated[fresh & was_random].float().mean() - 0.75) < 0.02
