@@ -340,7 +340,8 @@ class HIRO:
         # Differs 3: a random one stays for some segments, to lead where no single one does
         share = 1 if self.steps < self.config.high_uniform_steps else self.config.high_random
         draw = torch.rand(2, len(obs), generator=self.generator, device=self.device)
-        toss = (draw[0] < 1 / self.config.high_random_length) | (self.steps == 0)
+        first = self.steps == 0  # nothing to hold yet
+        toss = (draw[0] < 1 / self.config.high_random_length) | first
         random = torch.where(toss, draw[1] < share, self.segment["random"])
         self.segment["random"] = torch.where(fresh, random, self.segment["random"])
         uniform = self._uniform(len(obs), self.high.max_action)

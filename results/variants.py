@@ -4,17 +4,22 @@ python results/variants.py NAME [flags of train.py]
 
 no-correction    the high level learns from subgoals as they were set
 random-subgoals  every low-level sample is given another one's subgoal
-pre-training     the low level learns alone, on Gaussian subgoals, and then no more
+pre-training     the low level learns alone, on Gaussian subgoals, until --high-uniform-steps,
+                 and then no more
 no-hierarchy     one TD3 on the task
 
 FeUdal Networks' parts (Vezhnevets et al. 2017) in HIRO's frame:
 
-representation   subgoals are changes of an embedding of the state that the high level learns
+representation   subgoals are changes of an embedding phi(s) that the high level's critic teaches
 cosine           directions: r = cos(s' - s, g), and h leaves g as it is
 transition       the transition policy gradient in place of the correction
 feudal           all three
+
+Reward scales are HIRO's in all of them. Where subgoals are not changes of the state (no-hierarchy,
+representation, cosine, feudal) the column subgoal_progress and arrows in pictures mean nothing.
 """
 
+import copy
 import pathlib
 import sys
 import types
@@ -55,26 +60,27 @@ class FlatPolicy(Policy):
 
 
 class NoHierarchy(HIRO):
-    """HIRO, but its low level is paid the task's reward, sees all, and nobody sets it subgoals."""
+    """HIRO, but its low level is paid the task's reward, sees all, and nobody sets it subgoals.
+
+    The high level's discount, .99, is that of each step here, as usual for TD3.
+    """
 
     policy_class = FlatPolicy
 
-    def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
-        super().__init__(task, config, num_envs, seed, device)
-        config, one = self.config, torch.ones(task.action_dim)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            scales = dict(
-                state_scale=torch.tensor(task.observation_scale).float(), action_scale=one
-            )
-            own = dict(critic_only=self.hidden_dim, discount=config.high_discount)
-            self.low = self._learner("low", one, one, **scales, **own)
-        self.policy.low = self.low.actor
+    def _make_learners(self, task):
+        only_in_range_units(self.config)
+        super()._make_learners(task)
+        scale, one = torch.tensor(task.observation_scale).float(), torch.ones(task.action_dim)
+        own = dict(critic_only=self.hidden_dim, discount=self.config.high_discount)
+        self.low = self._learner("low", one, one, state_scale=scale, action_scale=one, **own)
+
+    def _make_buffers(self, task, num_envs):
+        super()._make_buffers(task, num_envs)
         seen = len(task.observation_scale) + self.hidden_dim
         fields = {"state": (seen,), "action": (task.action_dim,), "next_state": (seen,)}
         fields |= {"reward": (), "terminated": ()}
         kwargs = dict(generator=self.generator, device=self.device)
-        self.low_buffer = ReplayBuffer(config.low_buffer_size, fields, **kwargs)
+        self.low_buffer = ReplayBuffer(self.config.low_buffer_size, fields, **kwargs)
 
     def remember_step(self, *_):
         pass
@@ -89,6 +95,12 @@ class NoHierarchy(HIRO):
 
     def update_high(self):
         return {}
+
+
+def only_in_range_units(config):
+    """Raise UserError for --units raw: these networks' inputs have order one."""
+    if config.units == "raw":
+        raise options.UserError("--units raw: this variant has no networks for it; use range")
 
 
 # ---------------------------------------------------------------------- FeUdal Networks' parts
@@ -122,6 +134,7 @@ def reward_there(state, subgoal, next_state):
     """r = cos(s' - s, g) of a direction; else -‖s + g - s'‖, with embed(s) for s."""
     state, next_state = space.embed(state), space.embed(next_state)
     if not space.directions:
+        # not hiro.intrinsic_reward: that looks up h, and would find the one above
         return -((goal_transition(state, subgoal, next_state) ** 2).sum(-1) ** 0.5)
     change = (next_state - state)[..., : subgoal.shape[-1]]
     norms = (change**2).sum(-1) ** 0.5 * (subgoal**2).sum(-1) ** 0.5
@@ -148,19 +161,24 @@ def move_there():
 
 
 class Sight(nn.Module):
-    """What a high level sees: an observation with an embedding phi(s) in place of the state."""
+    """What a high level sees: an observation with an embedding phi(s) in place of the state.
+
+    GAIN  on phi: ten steps change it by about half of the subgoals' range before it has learned
+    """
+
+    GAIN = 5.0
 
     def __init__(self, state_scale, d, hidden):
         super().__init__()
         self.register_buffer("state_scale", state_scale.clone())
         layers = nn.Linear(len(state_scale), hidden), nn.ReLU(), nn.Linear(hidden, d)
-        self.phi = nn.Sequential(*layers)  # initialised as torch does: outputs of order .1 to 1
+        self.phi = nn.Sequential(*layers)  # initialised as torch does
 
     def embed(self, state):
         """phi(s): state [..., >= S], array or tensor -> [..., d], likewise."""
         if isinstance(state, np.ndarray):
-            return self.embed(torch.tensor(state, device=self.state_scale.device)).cpu().numpy()
-        return self.phi(state[..., : len(self.state_scale)] * self.state_scale)
+            return self.embed(self.state_scale.new_tensor(state)).cpu().numpy()
+        return self.GAIN * self.phi(state[..., : len(self.state_scale)] * self.state_scale)
 
     def forward(self, obs):
         return torch.cat([self.embed(obs), obs[..., len(self.state_scale) :]], -1)
@@ -193,11 +211,11 @@ class SeeingPolicy(Policy):
 class SeeingTD3(TD3):
     """TD3, but it looks through a Sight, which the critic's loss teaches."""
 
-    PARTS = (*TD3.PARTS, "sight", "sight_optimizer")
+    PARTS = (*TD3.PARTS, "sight", "sight_target", "sight_optimizer")
 
     def __init__(self, sight, critic_lr, **more):
         super().__init__(critic_lr=critic_lr, **more)
-        self.sight = sight
+        self.sight, self.sight_target = sight, copy.deepcopy(sight).requires_grad_(False)
         self.sight_optimizer = torch.optim.Adam(sight.parameters(), critic_lr)
 
     @torch.no_grad()
@@ -205,7 +223,7 @@ class SeeingTD3(TD3):
         return super().act(self.sight(state))
 
     def update(self, batch):
-        view, next_view = self.sight(batch["state"]), self.sight(batch["next_state"]).detach()
+        view, next_view = self.sight(batch["state"]), self.sight_target(batch["next_state"])
         target = self.target_q(batch["reward"], next_view, batch["terminated"])
         loss = sum(F.huber_loss(q, target) for q in self.critic(view, batch["action"]))
         self.sight_optimizer.zero_grad()
@@ -213,28 +231,38 @@ class SeeingTD3(TD3):
         self.sight_optimizer.step()
         return super().update({**batch, "state": view.detach(), "next_state": next_view})
 
+    @torch.no_grad()
+    def _move_targets(self):
+        super()._move_targets()
+        pairs = zip(self.sight_target.parameters(), self.sight.parameters(), strict=True)
+        for target, weights in pairs:
+            target.lerp_(weights, self.tau)
+
 
 class Representation(HIRO):
     """HIRO, but subgoals are changes, within ±1, of the high level's own view of the state.
 
-    Old steps' rewards and next subgoals follow that view.
+    Old steps' rewards and next subgoals follow that view. What a subgoal asks for hangs on the
+    place then, so the low level sees x and y.
     """
 
     policy_class = SeeingPolicy
 
     def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
-        one = np.ones_like(task.subgoal_scale)
-        task = type(task.__name__, (task,), {"subgoal_scale": one})
-        super().__init__(task, config, num_envs, seed, device)
-        one, scale = torch.tensor(one).float(), torch.tensor(task.observation_scale).float()
-        seen, features = scale[: task.state_dim], scale[task.state_dim :]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            sight = Sight(seen, len(one), self.config.hidden).to(self.device)
-            scales = dict(state_scale=torch.cat([one, features]), action_scale=one)
-            own = dict(critic_only=self.hidden_dim, sight=sight)
-            self.high = self._learner("high", one, one, SeeingTD3, **scales, **own)
+        changed = {"subgoal_scale": np.ones_like(task.subgoal_scale), "low_blind": 0}
+        super().__init__(type(task.__name__, (task,), changed), config, num_envs, seed, device)
+        self.bfloat16 = False  # the candidates are computed along with their likelihoods
+        sight = self.high.sight
         self.policy.high, space.embed = SeeingActor(sight, self.high.actor), sight.embed
+
+    def _make_learners(self, task):
+        only_in_range_units(self.config)
+        super()._make_learners(task)
+        one, scale = self.subgoal_scale.cpu(), torch.tensor(task.observation_scale).float()
+        sight = Sight(scale[: task.state_dim], len(one), self.config.hidden).to(self.device)
+        scales = dict(state_scale=torch.cat([one, scale[task.state_dim :]]), action_scale=one)
+        own = dict(critic_only=self.hidden_dim, sight=sight)
+        self.high = self._learner("high", one, one, SeeingTD3, **scales, **own)
 
     def swap_subgoals(self, batch):
         super().swap_subgoals(batch)
@@ -268,7 +296,7 @@ def main(argv):
     if name in ("representation", "cosine", "feudal"):
         space.directions = name != "representation"
         move_there()
-    if any(flag.startswith("--eval-only") for flag in flags):
+    if any(flag.replace("_", "-").startswith("--eval-only") for flag in flags):
         more = []  # these are for training
     train.main([*flags, *more], agent_class, variant=name)
 

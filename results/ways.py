@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from harness.options import find_task, one_line_errors
-from harness.runs import POLICY, load, make_envs
+from harness.runs import POLICY, check_variant, load, make_envs
 from hiro import Policy
 from train import evaluate
 
@@ -50,6 +50,7 @@ WAYS = {"AntPush": push, "PointPush": push, "AntFall": fall}
 def ways(path, which="latest"):
     """{place: share of 50 episodes that pass it} of a saved policy, and its step."""
     saved = load(path, *POLICY)
+    check_variant(path, saved, None)
     if saved["env"] not in WAYS:
         sys.exit(f"ways: {path} is a policy for {saved['env']}; known are {', '.join(WAYS)}")
     policy = Policy.from_state_dict(saved[which]["policy"])
