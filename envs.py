@@ -10,7 +10,7 @@ What HIRO must know of a task stands in its class attributes:
     low_blind          entries at the front of the state that the low level never sees (x and y)
     observation_scale  [obs] factor on each observation entry for the networks: metres, radians,
                        5 m/s or rad/s, time as it is (thousands of steps)
-    hidden_dim         entries that show_hidden appends to an observation: what the state leaves out
+    unseen_dim         entries that show_unseen appends to an observation: what the state leaves out
     action_unit        what action 1.0 means: torque (ant) or m/s (point)
     reward_scale       factor that brings the high level's Q, the discounted return, to order one
     score              what makes one policy better than another: success_rate or return
@@ -39,7 +39,7 @@ class AntMaze(gymnasium.Env):
     observation  [32]  qpos[:15], qvel[:14], 0.001 t, target x, y
     action       [8]   in [-1, 1]; 1.0 is a torque of 30
     evaluate           False: the target is uniform in [-4, 20]²; True: it is (0, 16)
-    show_hidden        True: the observation ends with the block's displacement (m), if there is one
+    show_unseen        True: the observation ends with the block's displacement (m), if there is one
     info               is_success (distance < 5 m), distance (m), simulator_warnings (this step)
 
     Maze drawings: # wall, . free, R start, B block that slides in x and y, Z block that slides in
@@ -54,7 +54,7 @@ class AntMaze(gymnasium.Env):
     low_blind = 2
     state_scale = np.array([1.0] * 15 + [0.2] * 14 + [1.0], np.float32)
     observation_scale = np.append(state_scale, [1.0, 1.0]).astype(np.float32)
-    hidden_dim = 0
+    unseen_dim = 0
     action_unit = 30.0
     reward_scale = 0.0003
     score = "success_rate"
@@ -73,19 +73,19 @@ class AntMaze(gymnasium.Env):
     max_steps = 500
     frame_skip = 5
 
-    def __init__(self, evaluate=False, render_mode=None, width=640, height=640, show_hidden=False):
+    def __init__(self, evaluate=False, render_mode=None, width=640, height=640, show_unseen=False):
         self.model = self._build().compile()
         self.data = mujoco.MjData(self.model)
         self.num_qpos = self.state_dim // 2  # the robot's own coordinates come first,
         self.num_qvel = self.state_dim - 1 - self.num_qpos  # blocks behind them
-        self.evaluate, self.show_hidden = evaluate, show_hidden
+        self.evaluate, self.show_unseen = evaluate, show_unseen
         self.render_mode = render_mode
         self.width, self.height = width, height
         self.renderer = None
         self.markers = []  # keyword arguments of visual-only geoms for the next rendered frame
         self.steps = 0
         self.target = np.array(self.eval_target)
-        size = len(self.observation_scale) + show_hidden * self.hidden_dim
+        size = len(self.observation_scale) + show_unseen * self.unseen_dim
         bound = np.full(size, np.finfo(np.float32).max, np.float32)
         self.observation_space = gymnasium.spaces.Box(-bound, bound, dtype=np.float32)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (self.action_dim,), np.float32)
@@ -210,7 +210,7 @@ class AntMaze(gymnasium.Env):
         return -self._distance(), False  # Maze, Push and Fall never terminate
 
     def _observation(self):
-        hidden = self.data.qpos[self.num_qpos :] if self.show_hidden else []
+        hidden = self.data.qpos[self.num_qpos :] if self.show_unseen else []
         return np.concatenate([self._state(), self.target, hidden]).astype(np.float32)
 
     @property
@@ -331,7 +331,7 @@ class AntPush(AntMaze):
         # # # # #"""
     target_low = None
     eval_target = (0.0, 19.0)
-    hidden_dim = 2  # along x and y
+    unseen_dim = 2  # along x and y
 
 
 class AntFall(AntMaze):
@@ -351,7 +351,7 @@ class AntFall(AntMaze):
         # # # #"""
     target_low = None
     eval_target = (0.0, 27.0, 4.5)
-    hidden_dim = 2  # along y and z
+    unseen_dim = 2  # along y and z
 
 
 class AntGather(AntMaze):
@@ -469,8 +469,8 @@ class PointPush(PointMaze):
     """
 
     action_unit = 2.0
-    total_steps = 200_000
-    hidden_dim = AntPush.hidden_dim
+    total_steps = 150_000
+    unseen_dim = AntPush.unseen_dim
     radius, force = 0.7, 6.0
     maze = AntPush.maze
     target_low = None

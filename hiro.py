@@ -91,16 +91,17 @@ class HIROConfig:
     start_steps: int = option(10_000, "environment steps before the first update")
     low_uniform_steps: int = option(10_000, "environment steps with uniformly random actions")
     high_uniform_steps: int = option(
-        None, "environment steps with uniformly random subgoals (default: the task's)"
+        None,
+        "steps with random subgoals, before the high level learns (default: the task's)",
     )
-    high_random: float = option(0.2, "share of subgoals that stay uniformly random", most=1)
-    high_random_length: int = option(4, "times in a row that a random subgoal is set, mean", 1)
-    # Differs 10: what the state leaves out, no bootstrap could pass on
-    critic_sees_hidden: bool = option(
+    high_random: float = option(0.2, "share of uniformly random subgoals after that", most=1)
+    high_random_length: int = option(4, "segments that a random subgoal stays for, mean", 1)
+    # Differs 10: no bootstrap can tell a jammed block from a free one that the state leaves out
+    critic_sees_all: bool = option(
         True, "in training the high level's critic sees what the state leaves out: blocks"
     )
     # Differs 9: tanh passes no gradient back from a corner of the range
-    squash_cost: float = option(0.01, "factor on an actor's squared outputs before tanh, its cost")
+    squash_cost: float = option(0.01, "factor on an actor's mean square before tanh, in its loss")
     update_every: int = option(
         1, "environment steps per low-level update (C.2); high: c times that", 1
     )
@@ -134,7 +135,7 @@ PRESETS = {
         low_uniform_steps=0,
         high_uniform_steps=0,
         high_random=0.0,
-        critic_sees_hidden=False,
+        critic_sees_all=False,
         squash_cost=0.0,
     ),
 }
@@ -182,7 +183,7 @@ class Policy:
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.high.max_action.device)
         if self.clock is None:
             self.clock = torch.zeros(obs.shape[:-1], dtype=torch.long, device=obs.device)
-            self.obs, self.subgoal = obs, torch.zeros_like(self.high(obs))
+            self.obs, self.subgoal = obs, self.high(obs)
         self.subgoal = goal_transition(self.obs, self.subgoal, obs)
         fresh = self.clock == 0  # an episode's first step too; the authors' code asks for 0 there
         if fresh.any():
@@ -246,7 +247,7 @@ class HIRO:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.subgoal_scale = torch.tensor(task.subgoal_scale, device=self.device).float()
         # entries that an observation in training has at its end, besides what policies see
-        self.hidden_dim = task.hidden_dim if self.config.critic_sees_hidden else 0
+        self.unseen_dim = task.unseen_dim if self.config.critic_sees_all else 0
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self._make_learners(task)
@@ -258,25 +259,21 @@ class HIRO:
 
     def _make_learners(self, task):
         """Two TD3s, and how far each explores, in the units that its networks see."""
-        config = self.config
-        observation_scale = torch.tensor(task.observation_scale).float()
-        subgoal_scale = self.subgoal_scale.cpu()
-        seen = slice(task.low_blind, task.state_dim)
-        low_scale = torch.cat([observation_scale[seen], 1 / subgoal_scale])
-        one = torch.ones(task.action_dim)  # the half-range of actions
-        if config.units == "range":  # Differs 1: networks see numbers of order one
-            low_scales = dict(state_scale=low_scale, action_scale=one)
-            high_scales = dict(state_scale=observation_scale, action_scale=1 / subgoal_scale)
-            low_unit, high_unit = one, subgoal_scale  # of noise
-        else:
-            torque, raw = task.action_unit * one, torch.ones_like
-            low_scales = dict(state_scale=raw(low_scale), action_scale=torque)
-            high_scales = dict(state_scale=raw(observation_scale), action_scale=raw(subgoal_scale))
-            low_unit, high_unit = 1 / torque, raw(subgoal_scale)
+        config, reach = self.config, self.subgoal_scale.cpu()
+        seen = torch.tensor(task.observation_scale).float()
+        low_seen = torch.cat([seen[task.low_blind : task.state_dim], 1 / reach])
+        one, ones = torch.ones(task.action_dim), torch.ones_like  # one: the half-range of actions
+        if config.units == "range":  # Differs 1: of the range of actions and subgoals
+            low = dict(state_scale=low_seen, action_scale=one)
+            high = dict(state_scale=seen, action_scale=1 / reach)
+            low_unit, high_unit = one, reach  # of noise
+        else:  # torque, metres and radians
+            low = dict(state_scale=ones(low_seen), action_scale=task.action_unit * one)
+            high = dict(state_scale=ones(seen), action_scale=ones(reach))
+            low_unit, high_unit = one / task.action_unit, ones(reach)
 
-        self.low = self._learner("low", one, low_unit, **low_scales)
-        high_scales["critic_only"] = self.hidden_dim
-        self.high = self._learner("high", subgoal_scale, high_unit, **high_scales)
+        self.low = self._learner("low", one, low_unit, **low)
+        self.high = self._learner("high", reach, high_unit, critic_only=self.unseen_dim, **high)
         self.low_noise = (config.low_noise * low_unit).to(self.device)
         self.high_noise = (config.high_noise * high_unit).to(self.device)
 
@@ -299,7 +296,7 @@ class HIRO:
     def _make_buffers(self, task, num_envs):
         """What each level remembers (3.1), and the high level's transitions under way."""
         config, d, c = self.config, len(self.subgoal_scale), self.config.subgoal_steps
-        seen = len(task.observation_scale) + self.hidden_dim  # by the high level's critic
+        seen = len(task.observation_scale) + self.unseen_dim  # by the high level's critic
         kwargs = dict(device=self.device, generator=self.generator)
         low_fields = {
             "state": (task.state_dim,),
@@ -308,7 +305,6 @@ class HIRO:
             "reward": (),
             "next_state": (task.state_dim,),
             "next_subgoal": (d,),
-            "terminated": (),
         }
         high_fields = {
             "state": (seen,),  # target included
@@ -332,21 +328,22 @@ class HIRO:
 
     @torch.no_grad()
     def high_action(self, obs, fresh):
-        """g_t [N, d] = mu^hi(s_t, target) with noise, clipped; uniform at first.
+        """g_t [N, d]: mu^hi(s_t, target) with noise, clipped, or a uniformly random subgoal.
+
+        Differs 3: a coin says which (at first it is always random). It is tossed anew once in
+        high_random_length subgoals, on average; until then a random subgoal is set again, into the
+        next episode too, to lead where no single one does.
 
         fresh  [N]  which of them will be used
         """
         own = self._explore(self.high.act(obs), self.high, self.high_noise)
-        # Differs 3: a random one stays for some segments, to lead where no single one does
         share = 1 if self.steps < self.config.high_uniform_steps else self.config.high_random
-        draw = torch.rand(2, len(obs), generator=self.generator, device=self.device)
-        first = self.steps == 0  # nothing to hold yet
-        toss = (draw[0] < 1 / self.config.high_random_length) | first
-        random = torch.where(toss, draw[1] < share, self.segment["random"])
+        anew, coin = torch.rand(2, len(obs), generator=self.generator, device=self.device)
+        toss = (anew < 1 / self.config.high_random_length) | (self.steps == 0)  # nothing to keep
+        random = torch.where(toss, coin < share, self.segment["random"])
         self.segment["random"] = torch.where(fresh, random, self.segment["random"])
-        uniform = self._uniform(len(obs), self.high.max_action)
-        uniform = torch.where(toss[:, None], uniform, self.segment["subgoal"])
-        return torch.where(random[:, None], uniform, own)
+        new, kept = self._uniform(len(obs), self.high.max_action), self.segment["subgoal"]
+        return torch.where(random[:, None], torch.where(toss[:, None], new, kept), own)
 
     @torch.no_grad()
     def low_action(self, obs, subgoal):
@@ -366,7 +363,7 @@ class HIRO:
 
     # ------------------------------------------------------------------ 3.1: remembering
 
-    def remember_step(self, obs, subgoal, action, reward, next_obs, next_subgoal, terminated):
+    def remember_step(self, obs, subgoal, action, reward, next_obs, next_subgoal):
         """The low level's transition (s_t, g_t, a_t, r_t, s_{t+1}, h(s_t, g_t, s_{t+1})) [N].
 
         next_obs is the true successor, not the first observation of the next episode.
@@ -379,7 +376,6 @@ class HIRO:
             reward=self.config.low_reward_scale * reward,
             next_state=next_obs[:, s],
             next_subgoal=next_subgoal,
-            terminated=terminated,
         )
 
     def remember_segment(self, clock, obs, subgoal, action, reward, next_obs, terminated, ended):
@@ -401,8 +397,8 @@ class HIRO:
             self.high_buffer.add(
                 state=segment["state"][ended],
                 subgoal=segment["subgoal"][ended],
-                states=segment["states"][ended] * mask[..., None],
-                actions=segment["actions"][ended] * mask[..., None],
+                states=segment["states"][ended],
+                actions=segment["actions"][ended],
                 mask=mask,
                 reward=self.config.high_reward_scale * segment["reward"][ended],
                 next_state=next_obs[ended],
@@ -419,10 +415,9 @@ class HIRO:
 
     @property
     def high_learns(self):
-        """Differs 3: from when its subgoals are its own.
+        """Differs 3: only once its subgoals are its own.
 
-        Before, when nothing yet follows them, its actor would run into a corner of the range for
-        good.
+        A low level that follows none yet taught its actor a corner of the range (before item 9).
         """
         return self.steps > self.config.high_uniform_steps
 
@@ -433,6 +428,8 @@ class HIRO:
         see = self.policy.low_input
         batch["state"] = see(batch["state"], batch["subgoal"])
         batch["next_state"] = see(batch["next_state"], batch["next_subgoal"])
+        # the way to a subgoal has no end: as r <= 0, an end would be the best that could happen
+        batch["terminated"] = torch.zeros_like(batch["reward"])
         return self.low.update(batch)
 
     def swap_subgoals(self, batch):

@@ -30,7 +30,7 @@ def train(agent, run):
 
         next_subgoal = goal_transition(obs, subgoal, next_obs)  # h(s, g, s') = s + g - s'
         low_reward = intrinsic_reward(obs, subgoal, next_obs)  # r = -‖s + g - s'‖
-        agent.remember_step(obs, subgoal, action, low_reward, next_obs, next_subgoal, terminated)
+        agent.remember_step(obs, subgoal, action, low_reward, next_obs, next_subgoal)
         ended = done | (clock == c - 1)
         agent.remember_segment(clock, obs, subgoal, action, reward, next_obs, terminated, ended)
 

@@ -56,7 +56,6 @@ class RunConfig:
 
 
 CHOICES = {"units": ("range", "raw"), "device": ("cpu", "cuda")}
-BOTH_LEVELS = ("discount", "tau")  # flags that set the low and the high level's
 EVAL_ONLY = {  # flags that go with --eval-only, the last four with nothing else
     *("eval_only", "env", "seed", "eval_episodes", "threads", "device"),
     *("which", "plot", "video", "render"),
@@ -107,8 +106,6 @@ def build_parser():
     add("--plot", metavar="PNG", help="with --eval-only: paths seen from above")
     add("--video", metavar="FILE", help="with --eval-only: one episode, .gif or .mp4")
     add("--render", action="store_true", help="with --eval-only: in a window")
-    for name in BOTH_LEVELS:
-        add(f"--{name}", type=number(float), help=f"--low-{name} and --high-{name}")
     for title, config in (("run", RunConfig), ("algorithm", HIROConfig)):
         group = parser.add_argument_group(title)
         for field in dataclasses.fields(config):
@@ -144,10 +141,6 @@ def parse(argv):
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         raise UserError(f"unknown argument {unknown[0]}{hint}")
     given = vars(known)
-    for name in BOTH_LEVELS:
-        if name in given:
-            value = given.pop(name)
-            given = {f"low_{name}": value, f"high_{name}": value, **given}
     if "eval_only" in given:
         for name in given.keys() - EVAL_ONLY:
             raise UserError(f"{flag(name)} does not go with --eval-only")
@@ -193,7 +186,6 @@ def validate(run, config):
     require(config.start_steps >= segment, "start_steps", rule)
     smaller = min(config.low_buffer_size, config.high_buffer_size)
     rule = f"must not exceed the replay buffers' size, {smaller}"
-    require(config.batch_size <= smaller, "batch_size", rule)
     require(run.num_envs <= smaller, "num_envs", rule)
     if run.device == "cuda":
         require(torch.cuda.is_available(), "device", "torch finds no CUDA device here; use cpu")
@@ -215,7 +207,7 @@ def interval(least, most):
 
 
 NEEDED = (  # attributes of a task's class; envs.py says what they are
-    *("state_dim", "action_dim", "low_blind", "subgoal_scale", "observation_scale", "hidden_dim"),
+    *("state_dim", "action_dim", "low_blind", "subgoal_scale", "observation_scale", "unseen_dim"),
     *("action_unit", "reward_scale", "score", "total_steps", "random_subgoals", "snapshot"),
 )
 
@@ -252,8 +244,8 @@ def check_task(name, task):
     fine = task.score in ("success_rate", "return")
     require(fine, f"has score {task.score}, which is neither success_rate nor return")
     wanted = {"evaluate": True, "render_mode": None}
-    if task.hidden_dim:
-        wanted["show_hidden"] = True
+    if task.unseen_dim:
+        wanted["show_unseen"] = True
     try:
         env = task(**wanted)
     except TypeError as error:
@@ -264,8 +256,8 @@ def check_task(name, task):
     *_, info = env.step(np.zeros(task.action_dim, np.float32))
     missing = {"is_success", "distance", "simulator_warnings"} - info.keys()
     require(not missing, f"leaves {', '.join(sorted(missing))} out of info")
-    expected = (len(task.observation_scale) + task.hidden_dim,)
-    says = f"observation_scale and hidden_dim say {expected}"
+    expected = (len(task.observation_scale) + task.unseen_dim,)
+    says = f"observation_scale and unseen_dim say {expected}"
     require(np.shape(obs) == expected, f"observes {np.shape(obs)}, {says}")
     saved = io.BytesIO()
     torch.save(env.snapshot, saved)

@@ -606,10 +606,8 @@ def test_flags_come_from_the_dataclasses_and_are_forgiving():
     given = options.parse("--total_steps 1e6 --no-correction --low_noise=.5 --env=my_a:A".split())
     assert given == dict(total_steps=10**6, correction=False, low_noise=0.5, env="my_a:A")
     assert type(given["total_steps"]) is int
-    given = options.parse("--run_dir my_run --seed 1_000 --discount 0.9 --low-discount 0.8".split())
-    assert given == dict(run_dir="my_run", seed=1000, high_discount=0.9, low_discount=0.8)
-    for name in options.BOTH_LEVELS:
-        assert options.parse([f"--{name}=0.5"]) == {f"low_{name}": 0.5, f"high_{name}": 0.5}
+    given = options.parse("--run_dir my_run --seed 1_000 --low-discount 0.8".split())
+    assert given == dict(run_dir="my_run", seed=1000, low_discount=0.8)
 
 
 def test_help_names_every_setting_and_the_paper_s_value_where_ours_differs():
@@ -658,14 +656,13 @@ BAD_INPUTS = {
     POINT + "--seed -1": "--seed -1: must be between 0 and",
     POINT + "--seed 1e20": "must be between 0 and 9223372036854775807",
     POINT + "--threads 1e10": "between 1 and 1024",
-    POINT + "--batch-size 300000": "--batch-size 300000: must not exceed",
-    POINT + "--num-envs 9 --batch-size 8 --low-buffer-size 8": "--num-envs 9: must not exceed",
+    POINT + "--num-envs 9 --low-buffer-size 8": "--num-envs 9: must not exceed",
     POINT + "--num-envs 4 --start-steps 39": "must be at least 40",
     POINT + "--num-candidates 1": "must be at least 2",
     POINT + "--high-random 1.5": "must be between 0 and 1",
-    POINT + "--discount 1.5": "--low-discount 1.5: must be between 0 and 1",
-    POINT + "--tau 0": "--low-tau 0.0: must be above 0, at most 1",
-    POINT + "--tau nan": "must be above 0, at most 1",
+    POINT + "--low-discount 1.5": "--low-discount 1.5: must be between 0 and 1",
+    POINT + "--low-tau 0": "--low-tau 0.0: must be above 0, at most 1",
+    POINT + "--high-tau nan": "must be above 0, at most 1",
     POINT + "--low-noise inf": "must be at least 0, and finite",
     POINT + "--low-noise -0.1": "must be at least 0, and finite",
     POINT + "--low-actor-lr 0": "must be positive",
@@ -685,7 +682,7 @@ BAD_INPUTS = {
     "--resume nothing": "no run here",
     "--resume broken": "config.json is damaged",
     "--resume run --env AntMaze": "--env AntMaze differs from the run's Ball; only --total-steps",
-    "--resume run --tau 0.1": "tau 0.1 differs",
+    "--resume run --low-tau 0.1": "tau 0.1 differs",
     "--resume run --no-correction": "--correction False differs",
     "--resume run --preset paper": "--preset paper differs",
     "--resume run --total-steps 499": "the run is at 500 already",
@@ -728,7 +725,7 @@ import gymnasium
 import numpy as np
 
 class Mine(gymnasium.Env):
-    state_dim, action_dim, low_blind, hidden_dim, action_unit = 2, 1, 1, 0, 1.0
+    state_dim, action_dim, low_blind, unseen_dim, action_unit = 2, 1, 1, 0, 1.0
     subgoal_scale, observation_scale = np.ones(1), np.ones(3)
     reward_scale, score = 1.0, "return"
     total_steps, random_subgoals = 60, 0
@@ -793,10 +790,10 @@ def test_a_task_of_one_s_own_is_trained_resumed_and_evaluated(mine, tmp_path):
         ('"return"', '"reward"', "has score reward, which is neither success_rate nor return"),
         ('"distance": distance, "simulator_warnings": 0', "", "distance, simulator_warnings out"),
         ("action_unit = 2, 1,", "action_unit = 2, 3,", "acts in (1,), action_dim says (3,)"),
-        ("np.ones(3", "np.ones(4", "observes (3,), observation_scale and hidden_dim say (4,)"),
+        ("np.ones(3", "np.ones(4", "observes (3,), observation_scale and unseen_dim say (4,)"),
         ("[self.place, self.steps, self", "[np.ones(2), self", "snapshot of more than plain"),
         ("property(get, set)", "property(get)", "has a snapshot that cannot be set"),
-        ("low_blind, hidden_dim", "hidden_dim, low_blind", "take evaluate, render_mode, show_"),
+        ("low_blind, unseen_dim", "unseen_dim, low_blind", "take evaluate, render_mode, show_"),
         ("evaluate=False, ", "", "must take evaluate, render_mode ("),
         ("(gymnasium.Env)", "", "is no gymnasium.Env"),
     ],
