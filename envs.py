@@ -341,7 +341,7 @@ class AntFall(AntMaze):
     """
 
     observation_scale = np.append(AntMaze.state_scale, np.ones(3)).astype(np.float32)
-    # Differs 13: the block at x = +8, where the maze needs it; the paper's text has -8
+    # Differs 12: the block at x = +8, where the maze needs it; the paper's text has -8
     maze = """
         # # # #
         # R . #

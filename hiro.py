@@ -223,13 +223,6 @@ class Policy:
 # ---------------------------------------------------------------------- the agent that learns
 
 
-def has_bfloat16(device):
-    """Whether the processor has instructions for bfloat16; without, it is very slow."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
-
-
 class HIRO:
     """The agent: two TD3 learners, the policy that their actors make, and what they remember.
 
@@ -243,7 +236,6 @@ class HIRO:
     def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
         self.config = (config or HIROConfig()).for_task(task)
         self.device = torch.device(device)
-        self.bfloat16 = has_bfloat16(self.device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.subgoal_scale = torch.tensor(task.subgoal_scale, device=self.device).float()
         # entries that an observation in training has at its end, besides what policies see
@@ -458,19 +450,17 @@ class HIRO:
 
     def correct(self, batch):
         """The off-policy correction on a sampled high-level batch: subgoal [B, d], index [B]."""
-        # Differs 12: bfloat16 products; only the best of ten likelihoods is asked for
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return relabel(
-                self.policy.low_action,
-                batch["states"],
-                batch["actions"],
-                batch["subgoal"],
-                batch["next_state"],
-                self.high.max_action,
-                mask=batch["mask"],
-                num_random=self.config.num_candidates - 2,
-                generator=self.generator,
-            )
+        return relabel(
+            self.policy.low_action,
+            batch["states"],
+            batch["actions"],
+            batch["subgoal"],
+            batch["next_state"],
+            self.high.max_action,
+            mask=batch["mask"],
+            num_random=self.config.num_candidates - 2,
+            generator=self.generator,
+        )
 
     # ------------------------------------------------------------------ saving
 

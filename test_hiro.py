@@ -464,15 +464,10 @@ def test_correction_asks_today_s_low_level_with_the_agent_s_settings__3_3():
 
     for seed in range(2):
         stir(agent.low.actor, seed=seed)
-        agent.bfloat16 = False
         generator = agent.generator.clone_state()
-        subgoal, index = relabel.relabel(today, *args, generator=generator.clone_state())
+        subgoal, index = relabel.relabel(today, *args, generator=generator)
         assert_same(agent.correct(batch), (subgoal, index))
         assert len(index.unique()) == 5
-        agent.bfloat16 = True  # Differs 12: it changes almost no choice
-        agent.generator.set_state(generator.get_state())
-        changed = agent.correct(batch)[1] != index
-        assert 0 < changed.float().mean() < 0.05
 
 
 @pytest.mark.parametrize("correction", [True, False])

@@ -251,7 +251,6 @@ class Representation(HIRO):
     def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
         changed = {"subgoal_scale": np.ones_like(task.subgoal_scale), "low_blind": 0}
         super().__init__(type(task.__name__, (task,), changed), config, num_envs, seed, device)
-        self.bfloat16 = False  # the candidates are computed along with their likelihoods
         sight = self.high.sight
         self.policy.high, space.embed = SeeingActor(sight, self.high.actor), sight.embed
 
