@@ -692,7 +692,7 @@ ATTRIBUTES = {
     "AntFall": dict(ANT, observation_scale=STATE + [1, 1, 1]),
     "AntGather": dict(ANT, observation_scale=STATE + 20 * [1], reward_scale=0.3, score="return"),
     "PointMaze": POINT,
-    "PointPush": dict(POINT, action_unit=2, total_steps=150_000),
+    "PointPush": dict(POINT, action_unit=2, total_steps=150_000, random_subgoals=50_000),
 }
 
 
