@@ -210,8 +210,8 @@ class AntMaze(gymnasium.Env):
         return -self._distance(), False  # Maze, Push and Fall never terminate
 
     def _observation(self):
-        hidden = self.data.qpos[self.num_qpos :] if self.show_unseen else []
-        return np.concatenate([self._state(), self.target, hidden]).astype(np.float32)
+        unseen = self.data.qpos[self.num_qpos :] if self.show_unseen else []
+        return np.concatenate([self._state(), self.target, unseen]).astype(np.float32)
 
     @property
     def block_places(self):

@@ -91,8 +91,7 @@ class HIROConfig:
     start_steps: int = option(10_000, "environment steps before the first update")
     low_uniform_steps: int = option(10_000, "environment steps with uniformly random actions")
     high_uniform_steps: int = option(
-        None,
-        "steps with random subgoals, before the high level learns (default: the task's)",
+        None, "steps with random subgoals, before the high level learns (default: the task's)"
     )
     high_random: float = option(0.2, "share of uniformly random subgoals after that", most=1)
     high_random_length: int = option(4, "segments that a random subgoal stays for, mean", 1)

@@ -438,6 +438,7 @@ def test_low_update_learns_from_rows_some_with_another_one_s_subgoal__3_1__5_2(s
     seen = remembering(agent)
     agent.update_low()
     batch, rows = seen[0], stored_as(seen[0], agent.low_buffer, "action")
+    assert len(batch["reward"]) == 8
     assert torch.equal(batch["terminated"], torch.zeros(8))  # the way to a subgoal has no end
     for i in range(8):
         state, next_state, g = rows["state"][i], rows["next_state"][i], rows["subgoal"][i]

@@ -38,7 +38,7 @@ from buffers import ReplayBuffer
 from harness import options
 from hiro import HIRO, Policy, goal_transition
 from relabel import candidate_subgoals, subgoal_sequences
-from td3 import TD3
+from td3 import TD3, flatten
 
 
 class PreTraining(HIRO):
@@ -216,6 +216,7 @@ class SeeingTD3(TD3):
     def __init__(self, sight, critic_lr, **more):
         super().__init__(critic_lr=critic_lr, **more)
         self.sight, self.sight_target = sight, copy.deepcopy(sight).requires_grad_(False)
+        self.sight_weights = [flatten(part) for part in (self.sight, self.sight_target)]
         self.sight_optimizer = torch.optim.Adam(sight.parameters(), critic_lr)
 
     @torch.no_grad()
@@ -234,9 +235,8 @@ class SeeingTD3(TD3):
     @torch.no_grad()
     def _move_targets(self):
         super()._move_targets()
-        pairs = zip(self.sight_target.parameters(), self.sight.parameters(), strict=True)
-        for target, weights in pairs:
-            target.lerp_(weights, self.tau)
+        sight, target = self.sight_weights
+        target.lerp_(sight, self.tau)
 
 
 class Representation(HIRO):
@@ -291,13 +291,12 @@ def main(argv):
     with options.one_line_errors():
         if name not in VARIANTS:
             raise options.UserError(f"name a variant first: {', '.join(VARIANTS)}")
+        trains = "eval_only" not in options.parse(flags)
     agent_class, more = VARIANTS[name]
     if name in ("representation", "cosine", "feudal"):
         space.directions = name != "representation"
         move_there()
-    if any(flag.replace("_", "-").startswith("--eval-only") for flag in flags):
-        more = []  # these are for training
-    train.main([*flags, *more], agent_class, variant=name)
+    train.main(flags + more if trains else flags, agent_class, variant=name)
 
 
 if __name__ == "__main__":
