@@ -50,9 +50,9 @@ def log_likelihood(policy, states, actions, sequences, mask=None):
     mask       [B, c]        1 for steps that happened; 0 behind the end of a short segment
     returns    [B, K]
     """
-    batch, candidates, steps, _ = sequences.shape
-    states = states[:, None].expand(batch, candidates, steps, -1)
-    error = (actions[:, None] - policy(states, sequences)).square().sum(-1)  # [B, K, c]
+    # one candidate at a time, as all at once do not fit a processor's cache
+    errors = [(actions - policy(states, g)).square().sum(-1) for g in sequences.unbind(1)]
+    error = torch.stack(errors, 1)  # [B, K, c]
     if mask is not None:
         error = error * mask[:, None]
     return -0.5 * error.sum(-1)
