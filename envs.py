@@ -341,7 +341,7 @@ class AntFall(AntMaze):
     """
 
     observation_scale = np.append(AntMaze.state_scale, np.ones(3)).astype(np.float32)
-    # Differs 12: the block at x = +8, where the maze needs it; the paper's text has -8
+    # Differs 11: the block at x = +8, where the maze needs it; the paper's text has -8
     maze = """
         # # # #
         # R . #
@@ -367,7 +367,7 @@ class AntGather(AntMaze):
     score = "return"
     maze = "\nR"
     num_each = 8
-    bins, reach = 10, 6.0  # Differs 11: the paper gives neither the readings nor the cost of dying
+    bins, reach = 10, 6.0  # Differs 10: the paper gives neither the readings nor the cost of dying
 
     def _add_scenery(self, spec):
         for x, y in ((-11, 0), (11, 0), (0, -11), (0, 11)):

@@ -58,10 +58,10 @@ class HIROConfig:
 
     units: str = option("range", "what networks see and noise is measured in: range or raw")
     subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)", 1)
-    low_discount: float = option(0.98, "gamma, per step (C.2)", most=1)  # Differs 5
+    low_discount: float = option(0.99, "gamma, per step (C.2)", most=1)
     high_discount: float = option(0.99, "gamma, per c steps (C.2)", most=1)
     low_tau: float = option(0.005, "how far targets move at a delayed update (C.2)", TINY, 1)
-    # Differs 8: a value travels one decision back per 1 / tau delayed updates, 1,000 steps
+    # Differs 7: a value travels one decision back per 1 / tau delayed updates, 1,000 steps
     high_tau: float = option(0.02, "how far targets move at a delayed update (C.2)", TINY, 1)
     batch_size: int = option(100, "transitions per gradient step, both levels", 1)
     hidden: int = option(300, "units in each of the two hidden layers (C.1)", 1)
@@ -76,12 +76,12 @@ class HIROConfig:
     low_critic_lr: float = option(3e-4, "Adam step size (C.2)", TINY)
     high_actor_lr: float = option(1e-4, "Adam step size (C.2)", TINY)
     high_critic_lr: float = option(1e-3, "Adam step size (C.2)", TINY)
-    # Differs 7: errors of Q within the quadratic part of the Huber loss, which then finds means
+    # Differs 6: errors of Q within the quadratic part of the Huber loss, which then finds means
     low_reward_scale: float = option(0.1, "factor on the intrinsic reward (C.2)")
     high_reward_scale: float = option(
         None, "factor on the environment's reward (C.2; default: the task's)"
     )
-    # Differs 6: half of the past seen with other subgoals
+    # Differs 5: half of the past seen with other subgoals
     low_relabel: float = option(
         0.5, "share of low samples with another one's subgoal (5.2)", most=1
     )
@@ -95,11 +95,11 @@ class HIROConfig:
     )
     high_random: float = option(0.2, "share of uniformly random subgoals after that", most=1)
     high_random_length: int = option(4, "segments that a random subgoal stays for, mean", 1)
-    # Differs 10: no bootstrap can tell a jammed block from a free one that the state leaves out
+    # Differs 9: no bootstrap can tell a jammed block from a free one that the state leaves out
     critic_sees_all: bool = option(
         True, "in training the high level's critic sees what the state leaves out: blocks"
     )
-    # Differs 9: tanh passes no gradient back from a corner of the range
+    # Differs 8: tanh passes no gradient back from a corner of the range
     squash_cost: float = option(0.01, "factor on an actor's mean square before tanh, in its loss")
     update_every: int = option(
         1, "environment steps per low-level update (C.2); high: c times that", 1
@@ -122,7 +122,6 @@ PRESETS = {
     "paper": dict(
         low_relabel=0.0,
         low_reward_scale=1.0,
-        low_discount=0.99,
         high_reward_scale=0.1,
         units="raw",
         low_noise=1.0,
@@ -408,7 +407,7 @@ class HIRO:
     def high_learns(self):
         """Differs 3: only once its subgoals are its own.
 
-        A low level that follows none yet taught its actor a corner of the range (before item 9).
+        A low level that follows none yet taught its actor a corner of the range (before item 8).
         """
         return self.steps > self.config.high_uniform_steps
 
@@ -424,7 +423,7 @@ class HIRO:
         return self.low.update(batch)
 
     def swap_subgoals(self, batch):
-        """Differs 6: give the first low_relabel of a batch the subgoals of their neighbours (5.2).
+        """Differs 5: give the first low_relabel of a batch the subgoals of their neighbours (5.2).
 
         What the step did holds for any subgoal; only reward and next subgoal must follow.
         """

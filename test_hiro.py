@@ -505,7 +505,7 @@ def test_each_level_gets_its_own_hyperparameters__C_2():
 DEFAULT = {
     **dict(low_buffer_size=200_000, high_buffer_size=200_000),
     **dict(units="range", subgoal_steps=10, batch_size=100, hidden=300, correction=True),
-    **dict(low_discount=0.98, high_discount=0.99, low_tau=0.005, high_tau=0.02, update_every=1),
+    **dict(low_discount=0.99, high_discount=0.99, low_tau=0.005, high_tau=0.02, update_every=1),
     **dict(low_noise=0.2, high_noise=0.2, policy_noise=0.2, noise_clip=0.5, policy_delay=2),
     **dict(low_actor_lr=3e-4, low_critic_lr=3e-4, high_actor_lr=1e-4, high_critic_lr=1e-3),
     **dict(low_reward_scale=0.1, high_reward_scale=None),
@@ -515,7 +515,7 @@ DEFAULT = {
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", low_noise=1.0, high_noise=1.0),
-    **dict(low_discount=0.99, high_tau=0.005, low_actor_lr=1e-4, low_critic_lr=1e-3),
+    **dict(high_tau=0.005, low_actor_lr=1e-4, low_critic_lr=1e-3),
     **dict(low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
     **dict(low_relabel=0.0, high_random=0.0, critic_sees_all=False, squash_cost=0.0),
