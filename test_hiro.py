@@ -363,12 +363,12 @@ def test_exploration_noise_has_the_stated_scale_and_is_clipped__C_2():
 
 def test_each_level_starts_with_uniform_draws_for_as_long_as_it_is_told():
     N, noise = 20_000, dict(low_noise=0.0, high_noise=0.0)
-    few = small(low_uniform_steps=10, high_uniform_steps=20, high_random_length=1, **noise)
+    few = small(low_uniform_steps=10, high_uniform_steps=20, **noise)
     agent = HIRO(tasks.AntMaze, few, num_envs=N)
     obs, zero, fresh = torch.zeros(N, 32), torch.zeros(N, 15), torch.ones(N, dtype=torch.bool)
-    for agent.steps in range(21):
+    for agent.steps in range(80):
         subgoal = agent.segment["subgoal"] = agent.high_action(obs, fresh)
-        if agent.steps in (0, 9, 10, 19, 20):
+        if agent.steps in (0, 9, 10, 19, 79):  # at the last all have tossed again
             for uniform, draw, scale in (
                 (agent.steps < 10, agent.low_action(obs, zero), torch.ones(8)),
                 (agent.steps < 20, subgoal, torch.tensor(ANT_RANGE)),
@@ -693,7 +693,7 @@ ATTRIBUTES = {
     "AntFall": dict(ANT, observation_scale=STATE + [1, 1, 1]),
     "AntGather": dict(ANT, observation_scale=STATE + 20 * [1], reward_scale=0.3, score="return"),
     "PointMaze": POINT,
-    "PointPush": dict(POINT, action_unit=2, total_steps=200_000),
+    "PointPush": dict(POINT, action_unit=2, total_steps=150_000, random_subgoals=50_000),
 }
 
 
