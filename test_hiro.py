@@ -379,8 +379,8 @@ def test_each_level_starts_with_uniform_draws_for_as_long_as_it_is_told():
                 torch.testing.assert_close(quartiles, uniform * expected, atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("uniform_steps, share, kept", [(0, 0.3, 0.75), (99, 1.0, 0.0)])
-def test_random_subgoals_stay_the_same_for_a_while(uniform_steps, share, kept):
+@pytest.mark.parametrize("uniform_steps, share", [(0, 0.3), (99, 1.0)])
+def test_random_subgoals_stay_the_same_for_a_while(uniform_steps, share):
     N, changes = 20_000, dict(high_random=0.3, high_random_length=4, high_noise=0.0)
     few = small(high_uniform_steps=uniform_steps, **changes)
     agent = HIRO(tasks.PointMaze, few, num_envs=N)
@@ -395,7 +395,7 @@ def test_random_subgoals_stay_the_same_for_a_while(uniform_steps, share, kept):
     assert abs(random[fresh].float().mean() - share) < 0.02
     assert torch.equal(subgoal[~random], own[~random])
     assert ((subgoal[random] / 5).std(0) - 3**-0.5).abs().max() < 0.02  # uniform in ±5
-    assert abs(repeated[fresh & was_random].float().mean() - kept) < 0.02
+    assert abs(repeated[fresh & was_random].float().mean() - 0.75) < 0.02
 
 
 # ------------------------------------------------------------ 3.1, 3.3 learning
@@ -510,7 +510,7 @@ DEFAULT = {
     **dict(low_actor_lr=3e-4, low_critic_lr=3e-4, high_actor_lr=1e-4, high_critic_lr=1e-3),
     **dict(low_reward_scale=0.1, high_reward_scale=None),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
-    **dict(num_candidates=10, low_relabel=0.5, high_random=0.5, high_random_length=15),
+    **dict(num_candidates=10, low_relabel=0.5, high_random=0.2, high_random_length=4),
     **dict(critic_sees_all=True, squash_cost=0.01),
 }
 PAPER = {  # appendix C and the authors' code
