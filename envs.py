@@ -469,8 +469,7 @@ class PointPush(PointMaze):
     """
 
     action_unit = 2.0
-    total_steps = 150_000
-    random_subgoals = 50_000  # few episodes meet the way round: one in thirty
+    total_steps = 200_000
     unseen_dim = AntPush.unseen_dim
     radius, force = 0.7, 6.0
     maze = AntPush.maze

@@ -320,16 +320,18 @@ class HIRO:
     def high_action(self, obs, fresh):
         """g_t [N, d]: mu^hi(s_t, target) with noise, clipped, or a uniformly random subgoal.
 
-        Differs 3: a coin says which (at first it is always random). It is tossed anew once in
-        high_random_length subgoals, on average; until then a random subgoal is set again, into the
-        next episode too, to lead where no single one does.
+        Differs 3: at first always random, drawn anew each time: the low level's school. Then a coin
+        says which. It is tossed anew once in high_random_length subgoals, on average; until then
+        a random subgoal is set again, into the next episode too, to lead where no single one does.
 
         fresh  [N]  which of them will be used
         """
         own = self._explore(self.high.act(obs), self.high, self.high_noise)
-        share = 1 if self.steps < self.config.high_uniform_steps else self.config.high_random
+        share, length = self.config.high_random, self.config.high_random_length
+        if self.steps < self.config.high_uniform_steps:
+            share = length = 1
         anew, coin = torch.rand(2, len(obs), generator=self.generator, device=self.device)
-        toss = (anew < 1 / self.config.high_random_length) | (self.steps == 0)  # nothing to keep
+        toss = anew < 1 / length
         random = torch.where(toss, coin < share, self.segment["random"])
         self.segment["random"] = torch.where(fresh, random, self.segment["random"])
         new, kept = self._uniform(len(obs), self.high.max_action), self.segment["subgoal"]
