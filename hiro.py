@@ -60,9 +60,9 @@ class HIROConfig:
     subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)", 1)
     low_discount: float = option(0.99, "gamma, per step (C.2)", most=1)
     high_discount: float = option(0.99, "gamma, per c steps (C.2)", most=1)
-    low_tau: float = option(0.005, "how far targets move at a delayed update (C.2)", TINY, 1)
+    low_tau: float = option(0.005, "tau of the target networks (C.2)", TINY, 1)
     # Differs 7: a value travels one decision back per 1 / tau delayed updates, 1,000 steps
-    high_tau: float = option(0.02, "how far targets move at a delayed update (C.2)", TINY, 1)
+    high_tau: float = option(0.02, "tau of the target networks (C.2)", TINY, 1)
     batch_size: int = option(100, "transitions per gradient step, both levels", 1)
     hidden: int = option(300, "units in each of the two hidden layers (C.1)", 1)
     # Differs 2: all noise in fractions of the range
@@ -83,7 +83,7 @@ class HIROConfig:
     )
     # Differs 5: half of the past seen with other subgoals
     low_relabel: float = option(
-        0.5, "share of low samples with another one's subgoal (5.2)", most=1
+        0.5, "share of each low batch that gets the subgoals of other rows (5.2)", most=1
     )
     low_buffer_size: int = option(200_000, "low-level transitions kept (C.2)", 1)
     high_buffer_size: int = option(200_000, "high-level transitions kept (C.2)", 1)
@@ -95,7 +95,7 @@ class HIROConfig:
     )
     high_random: float = option(0.2, "share of uniformly random subgoals after that", most=1)
     high_random_length: int = option(4, "segments that a random subgoal stays for, mean", 1)
-    # Differs 9: no bootstrap can tell a jammed block from a free one that the state leaves out
+    # Differs 9: where the state leaves out the block, a jammed one has the value of a free one
     critic_sees_all: bool = option(
         True, "in training the high level's critic sees what the state leaves out: blocks"
     )
@@ -186,7 +186,8 @@ class Policy:
         fresh = self.clock == 0  # an episode's first step too; the authors' code asks for 0 there
         if fresh.any():
             self.subgoal = torch.where(fresh[..., None], self.high(obs), self.subgoal)
-        self.obs, self.clock = obs, (self.clock + 1) % self.subgoal_steps
+        self.clock = (self.clock + 1) % self.subgoal_steps
+        self.obs = obs.clone()  # the caller may write to its own array
         return self.low_action(obs, self.subgoal).cpu().numpy()
 
     def state_dict(self):
@@ -399,8 +400,8 @@ class HIRO:
 
     # ------------------------------------------------------------------ learning
 
-    def turns(self, n):
-        """The numbers of the turns to learn that belong to the last n environment steps (C.2)."""
+    def due_updates(self, n):
+        """The numbers of the updates that belong to the last n environment steps (C.2)."""
         start, every = self.config.start_steps, self.config.update_every
         before, now = (max(0, steps - start) // every for steps in (self.steps - n, self.steps))
         return range(before + 1, now + 1)
@@ -409,7 +410,7 @@ class HIRO:
     def high_learns(self):
         """Differs 3: only once its subgoals are its own.
 
-        A low level that follows none yet taught its actor a corner of the range (before item 8).
+        A low level that follows none yet drove its actor to a corner of the range (before item 8).
         """
         return self.steps > self.config.high_uniform_steps
 

@@ -47,7 +47,7 @@ def log_likelihood(policy, states, actions, sequences, mask=None):
 
     states     [B, c, S]     actions [B, c, A]
     sequences  [B, K, c, d]  subgoals of every step under every candidate
-    mask       [B, c]        1 for steps that happened; 0 behind the end of a short segment
+    mask       [B, c]        1 for steps that happened; 0 after the end of a short segment
     returns    [B, K]
     """
     # one candidate at a time, as all at once do not fit a processor's cache
@@ -68,7 +68,6 @@ def relabel(
     scale,
     mask=None,
     num_random=8,
-    spread=0.5,
     generator=None,
 ):
     """The most likely candidate of each segment; arguments as in the functions above.
@@ -76,7 +75,7 @@ def relabel(
     returns  subgoal [B, d], index [B] of the chosen candidate (0: the original, clipped)
     """
     candidates = candidate_subgoals(
-        states[:, 0], next_state, subgoal, scale, num_random, spread, generator
+        states[:, 0], next_state, subgoal, scale, num_random, generator=generator
     )
     sequences = subgoal_sequences(states, candidates)
     index = log_likelihood(policy, states, actions, sequences, mask).argmax(1)

@@ -34,9 +34,9 @@ def train(agent, run):
         ended = done | (clock == c - 1)
         agent.remember_segment(clock, obs, subgoal, action, reward, next_obs, terminated, ended)
 
-        for turn in agent.turns(run.num_envs):  # one for each environment step (C.2)
+        for update in agent.due_updates(run.num_envs):  # one for each environment step (C.2)
             run.count("low", agent.update_low())
-            if turn % c == 0 and agent.high_learns:
+            if update % c == 0 and agent.high_learns:
                 run.count("high", agent.update_high())  # relabels its batch first (3.3)
 
         obs, subgoal = run.reset_done(next_obs, done), next_subgoal
@@ -45,8 +45,8 @@ def train(agent, run):
         run.look()
         if run.due(run.eval_every):
             with run.untimed():
-                episodes = run.eval_episodes, run.eval_seed
-                run.report(mean(evaluate(agent.policy, run.eval_envs, *episodes)))
+                results = evaluate(agent.policy, run.eval_envs, run.eval_episodes, run.eval_seed)
+                run.report(mean(results))
         if run.due(run.checkpoint_every) or run.stop:
             with run.untimed():
                 run.save(obs, subgoal, clock)

@@ -51,7 +51,7 @@ class RunConfig:
     checkpoint_every: int = option(50_000, "environment steps between checkpoints", 1)
     num_envs: int = option(1, "N: environment copies stepped together", 1)
     threads: int = option(1, "CPU threads of the networks", 1, 1024)
-    device: str = option("cpu", "of the networks and buffers: cpu or cuda")
+    device: str = option("cpu", "where networks and buffers live")
     run_dir: str = option(None, "output folder (default: runs/<env>_seed<seed>_<time>)")
 
 
@@ -102,7 +102,7 @@ def build_parser():
     add("--preset", choices=list(PRESETS), help="default, or the paper's hyperparameters")
     add("--resume", metavar="RUN_DIR", help="continue a run exactly")
     add("--eval-only", metavar="POLICY", help="evaluate a policy.pt, train nothing")
-    add("--which", choices=["latest", "best"], help="of policy.pt (default: latest)")
+    add("--which", choices=["latest", "best"], help="of a policy.pt's two (default: latest)")
     add("--plot", metavar="PNG", help="with --eval-only: paths seen from above")
     add("--video", metavar="FILE", help="with --eval-only: one episode, .gif or .mp4")
     add("--render", action="store_true", help="with --eval-only: in a window")

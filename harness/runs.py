@@ -132,9 +132,10 @@ def versions():
 def prepare(threads):
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # Adam's decaying moments would slow the CPU down a lot
-    with contextlib.suppress(OSError, AttributeError):  # where there is no glibc, it need not learn
-        mallopt = ctypes.CDLL("libc.so.6").mallopt  # to keep large blocks rather than hand them
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD     # back to the kernel after every operation
+    # glibc is to keep large blocks, not to hand them back to the kernel after every operation
+    with contextlib.suppress(OSError, AttributeError):  # there may be no glibc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
 
 
@@ -398,7 +399,7 @@ class Run:
     def save(self, obs, subgoal, clock):
         """Write a checkpoint beside the older ones, then remove all but two."""
         self.check_losses()
-        self.stopped = self.stop  # a signal that comes later has one more step, and its own save
+        self.stopped = self.stop  # a signal from here on gets one more step and its own save
         for unfinished in self.folder.glob("checkpoint_*.pt.tmp"):  # killed in the middle of this
             unfinished.unlink()
         state = {
@@ -430,7 +431,7 @@ class Terminal:
     TITLES = ("step", "success", "return", "distance", "intrinsic", "progress", "steps/s")
 
     def __init__(self, run, text):
-        """Make the file hold `text` and nothing else: rows behind a checkpoint are lived again."""
+        """Make the file hold `text` and nothing else: rows after a checkpoint are lived again."""
         self.run, self.path = run, run.folder / "progress.csv"
         write_atomically(self.path, lambda file: file.write(text.encode()))
         rows = list(csv.DictReader(io.StringIO(text)))
@@ -490,11 +491,10 @@ class Terminal:
         print(clear_line() + text, end=end, file=sys.stderr, flush=True)
 
     def end(self, step):
-        folder = self.run.folder
+        folder, script = self.run.folder, command(self.run.record.get("variant"))
         if step < self.run.total_steps:
-            print(f"{clear_line()}stopped at {step:,} steps: --resume {folder}")
+            print(f"{clear_line()}stopped at {step:,} steps; to go on: {script} --resume {folder}")
         if (folder / "policy.pt").exists():
-            script = command(self.run.record.get("variant"))
             print(f"{clear_line()}next: {script} --eval-only {folder}/policy.pt")
 
 

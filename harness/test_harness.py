@@ -151,7 +151,7 @@ class Killed(BaseException):
 
 
 def at_step(patch, step, act):
-    """Call act(run) before the first step of the loop behind this one."""
+    """Call act(run) before the first step of the loop after this one."""
     goes_on, pending = runs.Run.goes_on, [act]
 
     def watched(run):
@@ -175,7 +175,7 @@ def test_a_run_killed_and_stopped_equals_an_uninterrupted_one(name, how, tmp_pat
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         at_step(patch, 200, kill)
         main(RUNS[name], "--run-dir", folder)
-    # The evaluation at 170 is in the file, but not behind a checkpoint: it is lived again.
+    # The evaluation at 170 is in the file, but after the last checkpoint: it is lived again.
     assert (len(steps(folder)), saved_at(folder)) == (1, [147])
 
     with pytest.MonkeyPatch.context() as patch:
@@ -183,7 +183,7 @@ def test_a_run_killed_and_stopped_equals_an_uninterrupted_one(name, how, tmp_pat
         code, out, _ = main("--resume", folder)
     stopped = saved_at(folder)[0]
     assert code == 0 and "resumed at step 147" in out and 400 < stopped <= 405
-    assert f"stopped at {stopped} steps: --resume {folder}" in out
+    assert f"stopped at {stopped} steps; to go on: python train.py --resume {folder}" in out
 
     assert main("--resume", folder)[0] == 0
     assert_same_run(folder, whole_runs[name])
@@ -354,7 +354,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
         for path in runs.checkpoints(folder):
             torch.load(path, weights_only=True)
         progress.append(saved_at(folder)[0])
-    assert progress == sorted(set(progress)) or progress[-1] == 500
+    assert all(now > before or now == 500 for before, now in itertools.pairwise(progress))
     assert main("--resume", folder)[0] == 0
     assert_same_run(folder, whole)
 
@@ -840,6 +840,9 @@ def test_curves_are_drawn_from_csv_files_even_torn_ones(whole_run, tmp_path):
     words = (tmp_path / "curves.svg").read_text()  # text is paths, with what it says in a comment
     for note in ("0 of 1 seeds solved", "preset paper: 0 of 1 seeds solved"):
         assert f"<!-- {note} -->" in words
+    edit(tmp_path / "seed1" / "config.json", lambda saved: saved.update(variant="cosine"))
+    plot.main([str(tmp_path)])
+    assert "<!-- cosine -->" in (tmp_path / "curves.svg").read_text()
     assert plot.find([tmp_path], without="seed0").keys() == {"Ball"}
     assert plot.find([tmp_path / "seed0"], without="seed0") == {}
 

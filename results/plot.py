@@ -13,7 +13,7 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
 PAPER = {"AntMaze": 0.99, "AntPush": 0.92, "AntFall": 0.66, "AntGather": 3.02}  # Table 1
-TASKS = (*PAPER, "PointMaze", "PointPush")  # the order of the panels; any others come behind
+TASKS = (*PAPER, "PointMaze", "PointPush")  # the order of the panels; any others come after
 GREY = "#8a93a3"
 PRESETS = {"default": "#2f6db5", "paper": "#c8452f"}
 
@@ -57,7 +57,7 @@ def find(folders, without=None):
 
 
 def curves(groups, stem):
-    """One panel per task: every seed thin, each preset's median thick, the paper's value dashed."""
+    """One panel per task: seeds thin, medians of presets and variants thick, the paper's dashed."""
     try:
         import matplotlib.figure
     except ImportError:
@@ -69,10 +69,14 @@ def curves(groups, stem):
     for axis, task in zip(axes[0], tasks, strict=True):
         name = "return" if task == "AntGather" else "success_rate"
         notes = {}
-        for preset, colour in PRESETS.items():
+        variants = sorted({run["preset"] for run in groups[task]} - PRESETS.keys())
+        others = {variant: f"C{i}" for i, variant in enumerate(variants, 2)}
+        for preset, colour in (PRESETS | others).items():
             runs = [run for run in groups[task] if run["preset"] == preset]
             if runs:
-                notes[preset] = draw_seeds(axis, runs, name, colour)
+                notes[preset] = draw_seeds(axis, runs, name, colour, preset)
+        if variants:
+            axis.legend(fontsize=7, frameon=False)
         if task in PAPER:
             axis.axhline(PAPER[task], color=GREY, ls="--", lw=1.2)
             place = dict(transform=axis.get_yaxis_transform(), va="top", fontsize=8, color=GREY)
@@ -101,7 +105,7 @@ def curves(groups, stem):
         figure.savefig(f"{stem}{suffix}", dpi=150, metadata=undated)
 
 
-def draw_seeds(axis, runs, name, colour):
+def draw_seeds(axis, runs, name, colour, label):
     """Draw column `name` of the runs of one preset; returns how they fare, in words."""
 
     def draw(steps, values, **style):
@@ -115,7 +119,7 @@ def draw_seeds(axis, runs, name, colour):
     median = [
         np.median([r[name][r["step"] == s][0] for r in runs if s in r["step"]]) for s in steps
     ]
-    draw(steps, median, lw=2.4)
+    draw(steps, median, lw=2.4, label=label)
     if name == "return":
         return f"{len(runs)} seeds"
     return f"{sum(solved(run[name]) for run in runs)} of {len(runs)} seeds solved"

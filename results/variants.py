@@ -4,8 +4,8 @@ python results/variants.py NAME [flags of train.py]
 
 no-correction    the high level learns from subgoals as they were set
 random-subgoals  every low-level sample is given another one's subgoal
-pre-training     the low level learns alone, on Gaussian subgoals, until --high-uniform-steps,
-                 and then no more
+pre-training     the low level learns alone, on Gaussian subgoals, until --high-uniform-steps (the
+                 paper: 2e6), and then no more
 no-hierarchy     one TD3 on the task
 
 FeUdal Networks' parts (Vezhnevets et al. 2017) in HIRO's frame:
@@ -288,6 +288,9 @@ VARIANTS = {  # name: the agent, flags
 
 def main(argv):
     name, *flags = argv or [None]
+    if name in ("-h", "--help"):
+        print(__doc__.strip())
+        return
     with options.one_line_errors():
         if name not in VARIANTS:
             raise options.UserError(f"name a variant first: {', '.join(VARIANTS)}")
