@@ -214,8 +214,10 @@ class Policy:
 
     @classmethod
     def load(cls, path, which="latest"):
-        """A policy that train.py saved; which: latest or best."""
+        """A policy that train.py saved, not results/variants.py; which: latest or best."""
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved.get("variant"):
+            raise ValueError(f"{path} is a policy of the variant {saved['variant']}, not of HIRO")
         return cls.from_state_dict(saved[which]["policy"])
 
 

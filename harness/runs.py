@@ -40,10 +40,7 @@ def make_envs(task, num_envs, **kwargs):
 
 def reset_done(envs, obs, done):
     """Observations [N, obs] to act on: of a new episode where the old one is done."""
-    if not done.any():
-        return obs
-    fresh, _ = envs.reset(options={"reset_mask": done})
-    return np.where(done[:, None], fresh, obs)
+    return envs.reset(options={"reset_mask": done})[0] if done.any() else obs
 
 
 # ---------------------------------------------------------------------- files

@@ -836,7 +836,6 @@ def test_curves_are_drawn_from_csv_files_even_torn_ones(whole_run, tmp_path):
     assert [list(run["step"]) for run in plot.find([tmp_path])["Ball"]] == [[170, 340, 500]] * 2
     edit(tmp_path / "seed1" / "config.json", lambda saved: saved.update(preset="paper"))
     plot.main([str(tmp_path)])
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     words = (tmp_path / "curves.svg").read_text()  # text is paths, with what it says in a comment
     for note in ("0 of 1 seeds solved", "preset paper: 0 of 1 seeds solved"):
         assert f"<!-- {note} -->" in words

@@ -1,7 +1,7 @@
 """Learning curves from progress.csv files.
 
-python results/plot.py            curves of all committed runs -> results/curves.png, curves.svg
-python results/plot.py RUN ...    curves of these runs, one still going included -> RUN/curves.*
+python results/plot.py            curves of all committed runs -> results/curves.svg
+python results/plot.py RUN ...    curves of these runs, one still going included -> RUN/curves.svg
 """
 
 import csv
@@ -56,7 +56,7 @@ def find(folders, without=None):
     return groups
 
 
-def curves(groups, stem):
+def curves(groups, path):
     """One panel per task: seeds thin, medians of presets and variants thick, the paper's dashed."""
     try:
         import matplotlib.figure
@@ -100,9 +100,7 @@ def curves(groups, stem):
         axis.set_ylabel(name.replace("_", " "))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    for suffix in (".png", ".svg"):
-        undated = {"Date": None} if suffix == ".svg" else None  # the same data, the same file
-        figure.savefig(f"{stem}{suffix}", dpi=150, metadata=undated)
+    figure.savefig(path, metadata={"Date": None})  # the same data, the same file
 
 
 def draw_seeds(axis, runs, name, colour, label):
@@ -135,9 +133,9 @@ def main(folders):
     groups = find(folders) if folders else find([HERE], without="history")  # earlier settings
     if not groups:
         sys.exit(f"plot: no progress.csv with an evaluation below {', '.join(folders) or HERE}")
-    stem = pathlib.Path(folders[0] if folders else HERE) / "curves"
-    curves(groups, stem)
-    print(f"{stem}.png and {stem}.svg")
+    path = pathlib.Path(folders[0] if folders else HERE) / "curves.svg"
+    curves(groups, path)
+    print(path)
 
 
 if __name__ == "__main__":

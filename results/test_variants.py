@@ -215,7 +215,7 @@ def test_each_row_is_one_command_and_goes_on_as_no_other(
     name, tmp_path, monkeypatch, capsys, there
 ):
     folder, agents = tmp_path / "run", []
-    monkeypatch.setattr(train, "train", lambda agent, run: agents.append(type(agent)))
+    monkeypatch.setattr(train, "train", lambda agent, run: agents.append(type(agent).__name__))
     variants.main([name, "--env", "PointPush", "--run-dir", str(folder)])
     saved = json.loads((folder / "config.json").read_text())
     assert saved["variant"] == name
@@ -223,7 +223,9 @@ def test_each_row_is_one_command_and_goes_on_as_no_other(
     assert saved["algorithm"]["low_relabel"] == (1 if name == "random-subgoals" else 0.5)
     assert there.directions == (name in ("cosine", "feudal"))
     variants.main([name, "--resume", str(folder)])
-    assert agents == 2 * [variants.VARIANTS[name][0]]
+    own = {"pre-training": "PreTraining", "no-hierarchy": "NoHierarchy", "feudal": "FeUdal"}
+    own |= {"representation": "Representation", "transition": "TransitionPolicyGradient"}
+    assert agents == 2 * [own.get(name, "HIRO")]
     assert is_there() == (name in ("representation", "cosine", "feudal"))
     with pytest.raises(SystemExit, match="2"):
         train.main(["--resume", str(folder)])
@@ -242,6 +244,8 @@ def test_a_row_s_policy_is_evaluated_by_its_name_alone(name, tmp_path, capsys, t
         with pytest.raises(SystemExit, match="2"):
             wrong(["--eval-only", path])
         assert f"is for python results/variants.py {name}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"the variant {name}"):
+        hiro.Policy.load(path)
 
 
 def test_a_variant_must_be_named(capsys):
@@ -264,3 +268,12 @@ def test_raw_units_are_refused_where_there_are_none(name, tmp_path, capsys, ther
     with pytest.raises(SystemExit, match="2"):
         variants.main([name, "--env=PointPush", "--preset=paper", f"--run-dir={tmp_path}"])
     assert "--units raw" in capsys.readouterr().err
+
+
+def test_a_low_level_that_would_never_learn_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        variants.main(
+            ["pre-training", "--env=PointPush", "--preset=paper", f"--run-dir={tmp_path}"]
+        )
+    assert "--high-uniform-steps 0: the low level learns only from" in capsys.readouterr().err

@@ -44,6 +44,14 @@ from td3 import TD3, flatten
 class PreTraining(HIRO):
     """HIRO, but the low level is trained alone and then frozen."""
 
+    def _make_learners(self, task):
+        if self.config.high_uniform_steps <= self.config.start_steps:
+            steps = f"--high-uniform-steps {self.config.high_uniform_steps}"
+            raise options.UserError(
+                f"{steps}: the low level learns only from --start-steps until then"
+            )
+        super()._make_learners(task)
+
     def high_action(self, obs, fresh):
         if self.high_learns:
             return super().high_action(obs, fresh)

@@ -47,13 +47,13 @@ def fall(x, y, z, block):
 WAYS = {"AntPush": push, "PointPush": push, "AntFall": fall}
 
 
-def ways(path, which="latest"):
+def ways(path):
     """{place: share of 50 episodes that pass it} of a saved policy, and its step."""
     saved = load(path, *POLICY)
     check_variant(path, saved, None)
     if saved["env"] not in WAYS:
         sys.exit(f"ways: {path} is a policy for {saved['env']}; known are {', '.join(WAYS)}")
-    policy = Policy.from_state_dict(saved[which]["policy"])
+    policy = Policy.from_state_dict(saved["latest"]["policy"])
     envs = make_envs(find_task(saved["env"]), EPISODES, evaluate=True)
     robots = [env.unwrapped for env in envs.envs]
     trace = []
@@ -71,7 +71,7 @@ def ways(path, which="latest"):
         row = WAYS[saved["env"]](x, y, z, places[:, 3:])
         rows.append({**row, "arrives": result["success_rate"] == 1})
     envs.close()
-    return {name: np.mean([row[name] for row in rows]) for name in rows[0]}, saved[which]["step"]
+    return {name: np.mean([row[name] for row in rows]) for name in rows[0]}, saved["latest"]["step"]
 
 
 def main(paths):
