@@ -76,7 +76,7 @@ class HIROConfig:
     low_critic_lr: float = option(3e-4, "Adam step size (C.2)", TINY)
     high_actor_lr: float = option(1e-4, "Adam step size (C.2)", TINY)
     high_critic_lr: float = option(1e-3, "Adam step size (C.2)", TINY)
-    # Differs 6: errors of Q within the quadratic part of the Huber loss, which then finds means
+    # Differs 6: errors of Q near or within the Huber loss's quadratic part, which finds means
     low_reward_scale: float = option(0.1, "factor on the intrinsic reward (C.2)")
     high_reward_scale: float = option(
         None, "factor on the environment's reward (C.2; default: the task's)"
