@@ -122,12 +122,18 @@ def test_relabel_equals_a_triple_loop__3_3(random):
     chosen, index = relabel.relabel(*args, **given, generator=generator)
     args = states[:, 0], next_state, subgoal, scale
     every = relabel.candidate_subgoals(*args, **given, generator=generator.manual_seed(5))
+    near = relabel.candidate_subgoals(
+        *args, **given, spread=0.2, generator=generator.manual_seed(5)
+    )
     noise = torch.randn(B, random, D, generator=generator.manual_seed(5))
     for b in range(B):
         change = next_state[b, :D] - states[b, 0, :D]
         drawn = [change + 0.5 * scale * z for z in noise[b]]
         candidates = [g.minimum(scale).maximum(-scale) for g in (subgoal[b], change, *drawn)]
         torch.testing.assert_close(every[b], torch.stack(candidates))
+        drawn = [change + 0.2 * scale * z for z in noise[b]]
+        nearer = [g.minimum(scale).maximum(-scale) for g in (subgoal[b], change, *drawn)]
+        torch.testing.assert_close(near[b], torch.stack(nearer))
         scores = []
         for candidate in candidates:
             score, running = 0.0, candidate

@@ -210,12 +210,24 @@ def test_a_representation_is_saved_with_its_policy(there, learn, tmp_path):
         assert np.array_equal(acts, np.stack([policy.act(o) for o in obs]))
 
 
-@pytest.mark.parametrize("name", variants.VARIANTS)
+AGENTS = {
+    "no-correction": hiro.HIRO,
+    "random-subgoals": hiro.HIRO,
+    "pre-training": variants.PreTraining,
+    "no-hierarchy": variants.NoHierarchy,
+    "representation": variants.Representation,
+    "cosine": hiro.HIRO,
+    "transition": variants.TransitionPolicyGradient,
+    "feudal": variants.FeUdal,
+}
+
+
+@pytest.mark.parametrize("name", AGENTS)
 def test_each_row_is_one_command_and_goes_on_as_no_other(
     name, tmp_path, monkeypatch, capsys, there
 ):
     folder, agents = tmp_path / "run", []
-    monkeypatch.setattr(train, "train", lambda agent, run: agents.append(type(agent).__name__))
+    monkeypatch.setattr(train, "train", lambda agent, run: agents.append(type(agent)))
     variants.main([name, "--env", "PointPush", "--run-dir", str(folder)])
     saved = json.loads((folder / "config.json").read_text())
     assert saved["variant"] == name
@@ -223,9 +235,7 @@ def test_each_row_is_one_command_and_goes_on_as_no_other(
     assert saved["algorithm"]["low_relabel"] == (1 if name == "random-subgoals" else 0.5)
     assert there.directions == (name in ("cosine", "feudal"))
     variants.main([name, "--resume", str(folder)])
-    own = {"pre-training": "PreTraining", "no-hierarchy": "NoHierarchy", "feudal": "FeUdal"}
-    own |= {"representation": "Representation", "transition": "TransitionPolicyGradient"}
-    assert agents == 2 * [own.get(name, "HIRO")]
+    assert agents == 2 * [AGENTS[name]] and AGENTS.keys() == variants.VARIANTS.keys()
     assert is_there() == (name in ("representation", "cosine", "feudal"))
     with pytest.raises(SystemExit, match="2"):
         train.main(["--resume", str(folder)])
@@ -253,6 +263,9 @@ def test_a_variant_must_be_named(capsys):
         with pytest.raises(SystemExit, match="2"):
             variants.main(argv)
         assert "name a variant first: no-correction, random" in capsys.readouterr().err
+    variants.main(["--help"])
+    explained = capsys.readouterr().out
+    assert all(f"\n{name} " in explained for name in AGENTS)
 
 
 def test_hiro_s_own_run_goes_on_as_no_variant(tmp_path, monkeypatch, capsys):

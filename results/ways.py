@@ -53,7 +53,8 @@ def ways(path):
     check_variant(path, saved, None)
     if saved["env"] not in WAYS:
         sys.exit(f"ways: {path} is a policy for {saved['env']}; known are {', '.join(WAYS)}")
-    policy = Policy.from_state_dict(saved["latest"]["policy"])
+    latest = saved["latest"]
+    policy = Policy.from_state_dict(latest["policy"])
     envs = make_envs(find_task(saved["env"]), EPISODES, evaluate=True)
     robots = [env.unwrapped for env in envs.envs]
     trace = []
@@ -71,7 +72,7 @@ def ways(path):
         row = WAYS[saved["env"]](x, y, z, places[:, 3:])
         rows.append({**row, "arrives": result["success_rate"] == 1})
     envs.close()
-    return {name: np.mean([row[name] for row in rows]) for name in rows[0]}, saved["latest"]["step"]
+    return {name: np.mean([row[name] for row in rows]) for name in rows[0]}, latest["step"]
 
 
 def main(paths):
