@@ -128,12 +128,10 @@ def test_relabel_equals_a_triple_loop__3_3(random):
     noise = torch.randn(B, random, D, generator=generator.manual_seed(5))
     for b in range(B):
         change = next_state[b, :D] - states[b, 0, :D]
-        drawn = [change + 0.5 * scale * z for z in noise[b]]
-        candidates = [g.minimum(scale).maximum(-scale) for g in (subgoal[b], change, *drawn)]
-        torch.testing.assert_close(every[b], torch.stack(candidates))
-        drawn = [change + 0.2 * scale * z for z in noise[b]]
-        nearer = [g.minimum(scale).maximum(-scale) for g in (subgoal[b], change, *drawn)]
-        torch.testing.assert_close(near[b], torch.stack(nearer))
+        for spread, listed in ((0.2, near), (0.5, every)):  # the last are those that relabel weighs
+            drawn = [change + spread * scale * z for z in noise[b]]
+            candidates = [g.minimum(scale).maximum(-scale) for g in (subgoal[b], change, *drawn)]
+            torch.testing.assert_close(listed[b], torch.stack(candidates))
         scores = []
         for candidate in candidates:
             score, running = 0.0, candidate
