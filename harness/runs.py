@@ -254,10 +254,12 @@ class Run:
         """Around making the agent: what is too large for this machine leaves no run behind."""
         try:
             yield
-        except (RuntimeError, MemoryError) as error:  # torch's has the reason in its first line
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()  # if this has just made it
-            raise UserError(f"cannot set the run up: {str(error).splitlines()[0]}") from None
+            if isinstance(error, (RuntimeError, MemoryError)):  # torch's first line is the reason
+                raise UserError(f"cannot set the run up: {str(error).splitlines()[0]}") from None
+            raise
         save_json(self.folder / "config.json", self.record)
 
     PLAIN = ("seconds", "sums", "counts", "warnings", "best")  # saved as they are

@@ -286,7 +286,6 @@ def test_raw_units_are_refused_where_there_are_none(name, tmp_path, capsys, ther
 def test_a_low_level_that_would_never_learn_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        variants.main(
-            ["pre-training", "--env=PointPush", "--preset=paper", f"--run-dir={tmp_path}"]
-        )
+        variants.main(["pre-training", "--env=PointPush", "--preset=paper", "--run-dir=run"])
     assert "--high-uniform-steps 0: the low level learns only from" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
