@@ -352,6 +352,7 @@ class AntFall(AntMaze):
     target_low = None
     eval_target = (0.0, 27.0, 4.5)
     unseen_dim = 2  # along y and z
+    random_subgoals = 700_000  # an ant that walks .35 m/s, as after 300,000, has no time to cross
 
 
 class AntGather(AntMaze):
@@ -469,7 +470,7 @@ class PointPush(PointMaze):
     """
 
     action_unit = 2.0
-    total_steps = 200_000
+    total_steps = 150_000
     unseen_dim = AntPush.unseen_dim
     radius, force = 0.7, 6.0
     maze = AntPush.maze

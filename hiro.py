@@ -61,8 +61,7 @@ class HIROConfig:
     low_discount: float = option(0.99, "gamma, per step (C.2)", most=1)
     high_discount: float = option(0.99, "gamma, per c steps (C.2)", most=1)
     low_tau: float = option(0.005, "tau of the target networks (C.2)", TINY, 1)
-    # Differs 7: a value travels one decision back per 1 / tau delayed updates, 1,000 steps
-    high_tau: float = option(0.02, "tau of the target networks (C.2)", TINY, 1)
+    high_tau: float = option(0.005, "tau of the target networks (C.2)", TINY, 1)
     batch_size: int = option(100, "transitions per gradient step, both levels", 1)
     hidden: int = option(300, "units in each of the two hidden layers (C.1)", 1)
     # Differs 2: all noise in fractions of the range
@@ -101,9 +100,8 @@ class HIROConfig:
     )
     # Differs 8: tanh passes no gradient back from a corner of the range
     squash_cost: float = option(0.01, "factor on an actor's mean square before tanh, in its loss")
-    update_every: int = option(
-        1, "environment steps per low-level update (C.2); high: c times that", 1
-    )
+    # Differs 7: at the paper's pace the high level does not learn what its buffer already says
+    high_update_every: int = option(3, "low-level updates per high-level update (C.2)", 1)
     correction: bool = option(True, "relabel subgoals, the off-policy correction (3.3)")
     num_candidates: int = option(10, "candidates per relabelled subgoal, 2 fixed + random (C.3)", 2)
 
@@ -126,7 +124,7 @@ PRESETS = {
         units="raw",
         low_noise=1.0,
         high_noise=1.0,
-        high_tau=0.005,
+        high_update_every=10,
         low_actor_lr=1e-4,
         low_critic_lr=1e-3,
         start_steps=2_500,
@@ -404,9 +402,8 @@ class HIRO:
 
     def due_updates(self, n):
         """The numbers of the updates that belong to the last n environment steps (C.2)."""
-        start, every = self.config.start_steps, self.config.update_every
-        before, now = (max(0, steps - start) // every for steps in (self.steps - n, self.steps))
-        return range(before + 1, now + 1)
+        now = self.steps - self.config.start_steps
+        return range(max(0, now - n) + 1, max(0, now) + 1)
 
     @property
     def high_learns(self):

@@ -406,13 +406,12 @@ def test_random_subgoals_stay_the_same_for_a_while(uniform_steps, share, kept):
 
 
 def test_gradient_steps_follow_environment_steps__C_2(learn):
-    """One low update an environment step, one high update every c; none before start_steps."""
+    """A low update an environment step, high ones at their pace; none before start_steps."""
     for num_envs, steps, changes, low, high in (
-        (1, 145, {}, 105, 10),
-        (1, 145, dict(subgoal_steps=7), 105, 15),
-        (4, 148, {}, 108, 10),
-        (4, 148, dict(update_every=2), 54, 5),
-        (1, 145, dict(high_uniform_steps=90), 105, 5),  # it learns when its subgoals are its own
+        (1, 145, {}, 105, 35),
+        (1, 145, dict(high_update_every=10, subgoal_steps=7), 105, 10),
+        (4, 148, {}, 108, 36),
+        (1, 145, dict(high_uniform_steps=90), 105, 19),  # it learns when its subgoals are its own
     ):
         agent = HIRO(tasks.PointMaze, small(**changes), num_envs)
         learn(agent, steps)
@@ -509,17 +508,17 @@ def test_each_level_gets_its_own_hyperparameters__C_2():
 DEFAULT = {
     **dict(low_buffer_size=200_000, high_buffer_size=200_000),
     **dict(units="range", subgoal_steps=10, batch_size=100, hidden=300, correction=True),
-    **dict(low_discount=0.99, high_discount=0.99, low_tau=0.005, high_tau=0.02, update_every=1),
+    **dict(low_discount=0.99, high_discount=0.99, low_tau=0.005, high_tau=0.005),
     **dict(low_noise=0.2, high_noise=0.2, policy_noise=0.2, noise_clip=0.5, policy_delay=2),
     **dict(low_actor_lr=3e-4, low_critic_lr=3e-4, high_actor_lr=1e-4, high_critic_lr=1e-3),
-    **dict(low_reward_scale=0.1, high_reward_scale=None),
+    **dict(low_reward_scale=0.1, high_reward_scale=None, high_update_every=3),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, low_relabel=0.5, high_random=0.2, high_random_length=4),
     **dict(critic_sees_all=True, squash_cost=0.01),
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", low_noise=1.0, high_noise=1.0),
-    **dict(high_tau=0.005, low_actor_lr=1e-4, low_critic_lr=1e-3),
+    **dict(high_update_every=10, low_actor_lr=1e-4, low_critic_lr=1e-3),
     **dict(low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
     **dict(low_relabel=0.0, high_random=0.0, critic_sees_all=False, squash_cost=0.0),
@@ -695,10 +694,10 @@ POINT |= dict(reward_scale=3e-4, observation_scale=[1, 1, 0.2, 0.2, 1, 1, 1])
 ATTRIBUTES = {
     "AntMaze": ANT,
     "AntPush": ANT,
-    "AntFall": dict(ANT, observation_scale=STATE + [1, 1, 1]),
+    "AntFall": dict(ANT, observation_scale=STATE + [1, 1, 1], random_subgoals=700_000),
     "AntGather": dict(ANT, observation_scale=STATE + 20 * [1], reward_scale=0.3, score="return"),
     "PointMaze": POINT,
-    "PointPush": dict(POINT, action_unit=2, total_steps=200_000),
+    "PointPush": dict(POINT, action_unit=2, total_steps=150_000),
 }
 
 

@@ -36,7 +36,7 @@ def train(agent, run):
 
         for update in agent.due_updates(run.num_envs):  # one for each environment step (C.2)
             run.count("low", agent.update_low())
-            if update % c == 0 and agent.high_learns:
+            if update % agent.config.high_update_every == 0 and agent.high_learns:
                 run.count("high", agent.update_high())  # relabels its batch first (3.3)
 
         obs, subgoal = run.reset_done(next_obs, done), next_subgoal

@@ -78,7 +78,7 @@ IDLE = SMALL + "--start-steps 1000 "  # too short a run to learn
 RUNS = {"one": SMALL + "--start-steps 40 --low-uniform-steps 100 --high-uniform-steps 150 "}
 RUNS["one"] += "--low-buffer-size 120 --high-buffer-size 10 "
 RUNS["one"] += "--total-steps 500 --eval-every 170 --checkpoint-every 147 "
-RUNS["three"] = RUNS["one"] + "--num-envs 3 --update-every 2 "
+RUNS["three"] = RUNS["one"] + "--num-envs 3 --high-update-every 2 "
 
 
 @pytest.fixture(scope="module")
@@ -702,7 +702,8 @@ BAD_INPUTS = {
 }
 for name in (  # what must be there at all
     *("total-steps", "eval-every", "eval-episodes", "checkpoint-every", "num-envs", "threads"),
-    *("subgoal-steps", "batch-size", "hidden", "policy-delay", "update-every", "low-buffer-size"),
+    *("subgoal-steps", "batch-size", "hidden", "policy-delay", "high-update-every"),
+    "low-buffer-size",
 ):
     BAD_INPUTS[f"{POINT}--{name} 0"] = f"--{name} 0: must be "
 
