@@ -137,7 +137,7 @@ def prepare(threads):
 
 
 def start(given, variant=None):
-    """A new Run in a new folder."""
+    """A new Run, for a new or empty folder."""
     settings, config = configs(given)
     if settings.run_dir is None:
         name = f"{settings.env.replace(':', '.')}_seed{settings.seed}"
@@ -145,7 +145,6 @@ def start(given, variant=None):
     folder = pathlib.Path(settings.run_dir)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; give another --run-dir, or --resume {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
     saved = {
         "variant": variant,
         "preset": given.get("preset", "default"),
@@ -251,15 +250,12 @@ class Run:
 
     @contextlib.contextmanager
     def set_up(self):
-        """Around making the agent: what is too large for this machine leaves no run behind."""
+        """Around making the agent: only when there is one the run gets its folder."""
         try:
             yield
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()  # if this has just made it
-            if isinstance(error, (RuntimeError, MemoryError)):  # torch's first line is the reason
-                raise UserError(f"cannot set the run up: {str(error).splitlines()[0]}") from None
-            raise
+        except (RuntimeError, MemoryError) as error:  # torch's has the reason in its first line
+            raise UserError(f"cannot set the run up: {str(error).splitlines()[0]}") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
         save_json(self.folder / "config.json", self.record)
 
     PLAIN = ("seconds", "sums", "counts", "warnings", "best")  # saved as they are

@@ -21,7 +21,7 @@ learn = test_hiro.learn  # the fixture
 def test_pre_training_is_on_gaussian_subgoals_and_then_over(learn):
     agent = variants.PreTraining(tasks.PointPush, CONFIG)
     learn(agent, 140, tasks.PointPush)
-    assert (agent.low.updates, agent.high.updates) == (60, 13)  # 41 to 100; 103 to 139
+    assert (agent.low.updates, agent.high.updates) == (60, 13)  # 41 to 100; every third to 139
     for agent.steps, gaussian in ((100, True), (101, False)):
         subgoal = agent.high_action(torch.zeros(20_000, 7), torch.ones(20_000).bool())
         within = (subgoal.abs() < 2.5).float().mean()  # one standard deviation
