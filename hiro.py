@@ -152,6 +152,8 @@ class Policy:
     low_blind      how many of them, at the front, the low level never sees (x and y)
     """
 
+    NUMBERS = ("subgoal_steps", "state_dim", "low_blind")
+
     def __init__(self, low, high, subgoal_steps, state_dim, low_blind):
         self.low, self.high = low, high  # actors; td3 may train them meanwhile
         self.subgoal_steps, self.state_dim, self.low_blind = subgoal_steps, state_dim, low_blind
@@ -179,7 +181,8 @@ class Policy:
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.high.max_action.device)
         if self.clock is None:
             self.clock = torch.zeros(obs.shape[:-1], dtype=torch.long, device=obs.device)
-            self.obs, self.subgoal = obs, self.high(obs)
+            d = len(self.high.max_action)
+            self.obs, self.subgoal = obs, obs.new_zeros(*obs.shape[:-1], d)
         self.subgoal = goal_transition(self.obs, self.subgoal, obs)
         fresh = self.clock == 0  # an episode's first step too; the authors' code asks for 0 there
         if fresh.any():
@@ -196,8 +199,6 @@ class Policy:
             for level, actor in actors.items()
         }
         return {**weights, **{name: getattr(self, name) for name in self.NUMBERS}}
-
-    NUMBERS = ("subgoal_steps", "state_dim", "low_blind")
 
     @classmethod
     def from_state_dict(cls, state, device="cpu"):
@@ -231,6 +232,7 @@ class HIRO:
     """
 
     policy_class = Policy
+    PARTS = ("low", "high", "low_buffer", "high_buffer")
 
     def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
         self.config = (config or HIROConfig()).for_task(task)
@@ -253,15 +255,15 @@ class HIRO:
         config, reach = self.config, self.subgoal_scale.cpu()
         seen = torch.tensor(task.observation_scale).float()
         low_seen = torch.cat([seen[task.low_blind : task.state_dim], 1 / reach])
-        one, ones = torch.ones(task.action_dim), torch.ones_like  # one: the half-range of actions
+        one = torch.ones(task.action_dim)  # the half-range of actions
         if config.units == "range":  # Differs 1: of the range of actions and subgoals
             low = dict(state_scale=low_seen, action_scale=one)
             high = dict(state_scale=seen, action_scale=1 / reach)
             low_unit, high_unit = one, reach  # of noise
         else:  # torque, metres and radians
-            low = dict(state_scale=ones(low_seen), action_scale=task.action_unit * one)
-            high = dict(state_scale=ones(seen), action_scale=ones(reach))
-            low_unit, high_unit = one / task.action_unit, ones(reach)
+            low = dict(state_scale=torch.ones_like(low_seen), action_scale=task.action_unit * one)
+            high = dict(state_scale=torch.ones_like(seen), action_scale=torch.ones_like(reach))
+            low_unit, high_unit = one / task.action_unit, torch.ones_like(reach)
 
         self.low = self._learner("low", one, low_unit, **low)
         self.high = self._learner("high", reach, high_unit, critic_only=self.unseen_dim, **high)
@@ -298,7 +300,7 @@ class HIRO:
             "next_subgoal": (d,),
         }
         high_fields = {
-            "state": (seen,),  # target included
+            "state": (seen,),  # the whole observation: state, target, what is unseen
             "subgoal": (d,),
             "states": (c, task.state_dim),  # s_t ... s_{t+c-1}, for the relabelling
             "actions": (c, task.action_dim),
@@ -463,8 +465,6 @@ class HIRO:
         )
 
     # ------------------------------------------------------------------ saving
-
-    PARTS = ("low", "high", "low_buffer", "high_buffer")
 
     def state_dict(self):
         """All that the future of training depends on, as tensors and plain numbers."""

@@ -93,7 +93,7 @@ class TD3:
 
     max_action    [A]  half-range of the actions; actions and smoothed target actions stay inside
     state_scale   [S]  input factors, see Actor; action_scale [A] likewise, see Critic
-    critic_only        how many entries a state has besides, at its end, for the critics (factor 1)
+    critic_only        U, entries that a state has besides, at its end, for the critics (factor 1)
     discount           gamma, per transition of the batch
     tau                targets move by this fraction at every delayed update
     policy_noise  [A]  std of the target policy smoothing; noise_clip [A] its clip
@@ -102,6 +102,15 @@ class TD3:
                        keeps it where tanh has a slope (Andrychowicz et al. 2017, appendix A)
     generator          source of the smoothing noise (default: torch's global one)
     """
+
+    PARTS = (
+        "actor",
+        "critic",
+        "actor_target",
+        "critic_target",
+        "actor_optimizer",
+        "critic_optimizer",
+    )
 
     def __init__(
         self,
@@ -169,9 +178,8 @@ class TD3:
     def update(self, batch):
         """One gradient step on the critics and, every policy_delay calls, on the actor.
 
-        batch    state [B, S], action [B, A], reward [B], next_state [B, S], terminated [B] (0, 1
-                 or bool); S includes critic_only; raises ValueError for a reward or flag that
-                 would broadcast
+        batch    state [B, S + U], action [B, A], reward [B], next_state [B, S + U], terminated [B]
+                 (0, 1 or bool); raises ValueError for a reward or flag that would broadcast
         returns  metrics: scalar tensors, still on the device; of the actor when it was updated
         """
         for name in ("reward", "terminated"):
@@ -207,15 +215,6 @@ class TD3:
         actor, critic, actor_target, critic_target = self.weights
         actor_target.lerp_(actor, self.tau)
         critic_target.lerp_(critic, self.tau)
-
-    PARTS = (
-        "actor",
-        "critic",
-        "actor_target",
-        "critic_target",
-        "actor_optimizer",
-        "critic_optimizer",
-    )
 
     def state_dict(self):
         """Networks, targets, optimizers and the update counter: live views, as torch gives them."""

@@ -251,14 +251,19 @@ def check_task(name, task):
     except TypeError as error:
         require(False, f"must take {', '.join(wanted)} ({error})")
     obs, _ = env.reset(seed=0)
+    missing = [part for part in ("observation_space", "action_space") if not hasattr(env, part)]
+    require(not missing, f"lacks {', '.join(missing)}")
     found = env.action_space.shape
     require(found == (task.action_dim,), f"acts in {found}, action_dim says ({task.action_dim},)")
+    box = gymnasium.spaces.Box(-1, 1, (task.action_dim,), env.action_space.dtype)
+    require(env.action_space == box, f"has action_space {env.action_space}, not {box}")
     *_, info = env.step(np.zeros(task.action_dim, np.float32))
     missing = {"is_success", "distance", "simulator_warnings"} - info.keys()
     require(not missing, f"leaves {', '.join(sorted(missing))} out of info")
     expected = (len(task.observation_scale) + task.unseen_dim,)
-    says = f"observation_scale and unseen_dim say {expected}"
-    require(np.shape(obs) == expected, f"observes {np.shape(obs)}, {says}")
+    for found in (np.shape(obs), env.observation_space.shape):
+        says = f"observation_scale and unseen_dim say {expected}"
+        require(found == expected, f"observes {found}, {says}")
     saved = io.BytesIO()
     torch.save(env.snapshot, saved)
     try:

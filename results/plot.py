@@ -1,6 +1,6 @@
 """Learning curves from progress.csv files.
 
-python results/plot.py            curves of all committed runs -> results/curves.svg
+python results/plot.py            curves of the runs in results/<task>/ -> results/curves.svg
 python results/plot.py RUN ...    curves of these runs, one still going included -> RUN/curves.svg
 """
 

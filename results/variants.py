@@ -16,7 +16,8 @@ transition       the transition policy gradient in place of the correction
 feudal           all three
 
 Reward scales are HIRO's in all of them. Where subgoals are not changes of the state (no-hierarchy,
-representation, cosine, feudal) the column subgoal_progress and arrows in pictures mean nothing.
+representation, cosine, feudal) the column subgoal_progress and arrows in pictures mean nothing, and
+for no-hierarchy neither do intrinsic_return and the flags of subgoals and of the high level's pace.
 """
 
 import copy
