@@ -323,9 +323,10 @@ class HIRO:
     def high_action(self, obs, fresh):
         """g_t [N, d]: mu^hi(s_t, target) with noise, clipped, or a uniformly random subgoal.
 
-        Differs 3: at first always random, drawn anew each time: the low level's school. Then a coin
-        says which. It is tossed anew once in high_random_length subgoals, on average; until then
-        a random subgoal is set again, into the next episode too, to lead where no single one does.
+        Differs 3: until high_uniform_steps always random, drawn anew each time: the low level's
+        school. Then a coin says which, tossed in one segment of high_random_length on average;
+        until its next toss a random subgoal is set again, into the next episode too, to lead where
+        no single one does.
 
         fresh  [N]  which of them will be used
         """
