@@ -362,7 +362,8 @@ class HIRO:
     def remember_step(self, obs, subgoal, action, reward, next_obs, next_subgoal):
         """The low level's transition (s_t, g_t, a_t, r_t, s_{t+1}, h(s_t, g_t, s_{t+1})) [N].
 
-        next_obs is the true successor, not the first observation of the next episode.
+        next_obs is the true successor, not the first observation of the next episode; next_subgoal
+        is h's at a segment's end too, where the authors' code stores the fresh one.
         """
         s = slice(self.policy.state_dim)
         self.low_buffer.add(

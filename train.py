@@ -28,7 +28,7 @@ def train(agent, run):
         next_obs, reward, terminated, done = run.env_step(action)  # R, s'
         agent.steps += run.num_envs
 
-        next_subgoal = goal_transition(obs, subgoal, next_obs)  # h(s, g, s') = s + g - s', always
+        next_subgoal = goal_transition(obs, subgoal, next_obs)  # h(s, g, s') = s + g - s'
         low_reward = intrinsic_reward(obs, subgoal, next_obs)  # r = -‖s + g - s'‖
         agent.remember_step(obs, subgoal, action, low_reward, next_obs, next_subgoal)
         ended = done | (clock == c - 1)

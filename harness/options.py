@@ -261,8 +261,8 @@ def check_task(name, task):
     missing = {"is_success", "distance", "simulator_warnings"} - info.keys()
     require(not missing, f"leaves {', '.join(sorted(missing))} out of info")
     expected = (len(task.observation_scale) + task.unseen_dim,)
+    says = f"observation_scale and unseen_dim say {expected}"
     for found in (np.shape(obs), env.observation_space.shape):
-        says = f"observation_scale and unseen_dim say {expected}"
         require(found == expected, f"observes {found}, {says}")
     saved = io.BytesIO()
     torch.save(env.snapshot, saved)
