@@ -13,6 +13,7 @@ What HIRO must know of a task stands in its class attributes:
     unseen_dim         entries that show_unseen appends to an observation: what the state leaves out
     action_unit        what action 1.0 means: torque (ant) or m/s (point)
     reward_scale       factor that brings the high level's Q, the discounted return, to order one
+    max_return         what no discounted return can be above, unscaled (0: rewards never are)
     score              what makes one policy better than another: success_rate or return
     total_steps        environment steps of one training run
     random_subgoals    environment steps at its start with uniformly random subgoals, until the
@@ -57,6 +58,7 @@ class AntMaze(gymnasium.Env):
     unseen_dim = 0
     action_unit = 30.0
     reward_scale = 0.0003
+    max_return = 0.0
     score = "success_rate"
     total_steps = 10_000_000
     random_subgoals = 300_000
@@ -341,7 +343,7 @@ class AntFall(AntMaze):
     """
 
     observation_scale = np.append(AntMaze.state_scale, np.ones(3)).astype(np.float32)
-    # Differs 11: the block at x = +8, where the maze needs it; the paper's text has -8
+    # Differs 12: the block at x = +8, where the maze needs it; the paper's text has -8
     maze = """
         # # # #
         # R . #
@@ -365,10 +367,11 @@ class AntGather(AntMaze):
 
     observation_scale = np.append(AntMaze.state_scale, np.ones(20)).astype(np.float32)
     reward_scale = 0.3
+    max_return = 8.0  # all apples at once
     score = "return"
     maze = "\nR"
     num_each = 8
-    bins, reach = 10, 6.0  # Differs 10: the paper gives neither the readings nor the cost of dying
+    bins, reach = 10, 6.0  # Differs 11: the paper gives neither the readings nor the cost of dying
 
     def _add_scenery(self, spec):
         for x, y in ((-11, 0), (11, 0), (0, -11), (0, 11)):

@@ -100,6 +100,10 @@ class HIROConfig:
     )
     # Differs 8: tanh passes no gradient back from a corner of the range
     squash_cost: float = option(0.01, "factor on an actor's mean square before tanh, in its loss")
+    # Differs 10: where a state lasts, the actor's errors add up at every bootstrap, without end
+    clip_targets: bool = option(
+        True, "no target of the high level's critics is above what a return can be"
+    )
     # Differs 7: at the paper's pace the high level does not learn what its buffer already says
     high_update_every: int = option(3, "low-level updates per high-level update (C.2)", 1)
     correction: bool = option(True, "relabel subgoals, the off-policy correction (3.3)")
@@ -133,6 +137,7 @@ PRESETS = {
         high_random=0.0,
         critic_sees_all=False,
         squash_cost=0.0,
+        clip_targets=False,
     ),
 }
 
@@ -266,7 +271,9 @@ class HIRO:
             low_unit, high_unit = one / task.action_unit, torch.ones_like(reach)
 
         self.low = self._learner("low", one, low_unit, **low)
-        self.high = self._learner("high", reach, high_unit, critic_only=self.unseen_dim, **high)
+        max_q = config.high_reward_scale * task.max_return if config.clip_targets else float("inf")
+        high |= dict(critic_only=self.unseen_dim, max_q=max_q)
+        self.high = self._learner("high", reach, high_unit, **high)
         self.low_noise = (config.low_noise * low_unit).to(self.device)
         self.high_noise = (config.high_noise * high_unit).to(self.device)
 

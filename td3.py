@@ -100,6 +100,8 @@ class TD3:
     policy_delay       actor and targets are updated at every policy_delay-th call
     squash_cost        factor on the mean square of the actor's outputs before tanh, in its loss:
                        keeps it where tanh has a slope (Andrychowicz et al. 2017, appendix A)
+    max_q              what no return can be above: targets are clipped to it (same appendix), as
+                       where a state lasts the actor's errors add up at every bootstrap
     generator          source of the smoothing noise (default: torch's global one)
     """
 
@@ -124,6 +126,7 @@ class TD3:
         noise_clip=0.5,
         policy_delay=2,
         squash_cost=0.0,
+        max_q=float("inf"),
         actor_lr=1e-4,
         critic_lr=1e-3,
         hidden=300,
@@ -146,7 +149,7 @@ class TD3:
 
         self.max_action = self.actor.max_action
         self.discount, self.tau, self.policy_delay = discount, tau, policy_delay
-        self.squash_cost = squash_cost
+        self.squash_cost, self.max_q = squash_cost, max_q
         self.policy_noise = torch.as_tensor(policy_noise, dtype=torch.float32, device=device)
         self.noise_clip = torch.as_tensor(noise_clip, dtype=torch.float32, device=device)
         self.generator = generator
@@ -163,7 +166,7 @@ class TD3:
 
     @torch.no_grad()
     def target_q(self, reward, next_state, terminated):
-        """y = r + gamma (1 - terminated) min(Q1', Q2')(s', pi'(s') + clipped noise).
+        """y = r + gamma (1 - terminated) min(Q1', Q2')(s', pi'(s') + clipped noise), <= max_q.
 
         Only termination stops the bootstrap; a time limit is no termination.
         """
@@ -173,7 +176,8 @@ class TD3:
         # clipped to the range, as in TD3; in the authors' code it is not
         action = (action + noise).clamp(-self.max_action, self.max_action)
         q1, q2 = self.critic_target(next_state, action)
-        return reward + self.discount * (1 - terminated.float()) * torch.min(q1, q2)
+        target = reward + self.discount * (1 - terminated.float()) * torch.min(q1, q2)
+        return target.clamp(max=self.max_q)
 
     def update(self, batch):
         """One gradient step on the critics and, every policy_delay calls, on the actor.

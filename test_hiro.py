@@ -167,8 +167,8 @@ def td3_batch(seed=0):
 def test_updates_equal_a_naive_td3__2_1():
     """Fujimoto et al.'s algorithm 1, row by row; actor and targets at every second update (C.2)."""
     high, std, clip = torch.tensor([[1.0, 2.0], [0.4, 0.1], [0.5, 0.15]])
-    noise = dict(policy_noise=std, noise_clip=clip)
-    td3 = learner(discount=0.9, tau=0.25, actor_lr=1e-3, critic_lr=2e-3, squash_cost=0.3, **noise)
+    more = dict(policy_noise=std, noise_clip=clip, max_q=0.5)
+    td3 = learner(discount=0.9, tau=0.25, actor_lr=1e-3, critic_lr=2e-3, squash_cost=0.3, **more)
     parts = "actor", "critic", "actor_target", "critic_target"
     for seed, part in enumerate(parts):
         stir(getattr(td3, part), 1.0, seed)
@@ -196,7 +196,7 @@ def test_updates_equal_a_naive_td3__2_1():
             smoothing = (std * noise[i]).minimum(clip).maximum(-clip)
             next_action = (mu(actor_target, next_state) + smoothing).minimum(high).maximum(-high)
             bootstrap = 0.9 * min(q(critic_target, next_state, next_action)).item()
-            target = float(reward) + (0.0 if terminated else bootstrap)
+            target = min(float(reward) + (0.0 if terminated else bootstrap), 0.5)
             for value in q(critic, state, action):
                 error = abs(value - target)  # Huber
                 loss = loss + (error**2 / 2 if error < 1 else error - 0.5) / 32
@@ -505,6 +505,16 @@ def test_each_level_gets_its_own_hyperparameters__C_2():
         assert found == (5, 8, 0.7)
 
 
+@pytest.mark.parametrize("task, most", [("AntPush", 0), ("AntGather", 0.3 * 8), ("PointMaze", 0)])
+def test_high_targets_stay_below_what_a_return_can_be(task, most):
+    for clip, expected in ((True, most), (False, 99)):
+        agent = HIRO(tasks.TASKS[task], small(clip_targets=clip))
+        for td3, bound in ((agent.high, expected), (agent.low, 99)):
+            state = torch.zeros(2, len(td3.critic.scale) - len(td3.max_action))
+            found = td3.target_q(torch.tensor([99.0, -99.0]), state, torch.ones(2))
+            torch.testing.assert_close(found, torch.tensor([bound, -99.0]))
+
+
 DEFAULT = {
     **dict(low_buffer_size=200_000, high_buffer_size=200_000),
     **dict(units="range", subgoal_steps=10, batch_size=100, hidden=300, correction=True),
@@ -514,14 +524,15 @@ DEFAULT = {
     **dict(low_reward_scale=0.1, high_reward_scale=None, high_update_every=3),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, low_relabel=0.5, high_random=0.2, high_random_length=4),
-    **dict(critic_sees_all=True, squash_cost=0.01),
+    **dict(critic_sees_all=True, squash_cost=0.01, clip_targets=True),
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", low_noise=1.0, high_noise=1.0),
     **dict(high_update_every=10, low_actor_lr=1e-4, low_critic_lr=1e-3),
     **dict(low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
-    **dict(low_relabel=0.0, high_random=0.0, critic_sees_all=False, squash_cost=0.0),
+    **dict(low_relabel=0.0, high_random=0.0, critic_sees_all=False),
+    **dict(squash_cost=0.0, clip_targets=False),
 }
 
 
@@ -687,15 +698,17 @@ def make(name, **kwargs):
 STATE = 15 * [1] + 14 * [0.2] + [1]
 ANT = dict(state_dim=30, action_dim=8, low_blind=2, subgoal_scale=ANT_RANGE, action_unit=30)
 ANT |= dict(max_steps=500, total_steps=10**7, random_subgoals=300_000, score="success_rate")
-ANT |= dict(reward_scale=3e-4, observation_scale=STATE + [1, 1])
+ANT |= dict(reward_scale=3e-4, max_return=0, observation_scale=STATE + [1, 1])
 POINT = dict(state_dim=5, action_dim=2, low_blind=2, subgoal_scale=[5, 5], action_unit=4)
 POINT |= dict(max_steps=300, total_steps=10**5, random_subgoals=20_000, score="success_rate")
-POINT |= dict(reward_scale=3e-4, observation_scale=[1, 1, 0.2, 0.2, 1, 1, 1])
+POINT |= dict(reward_scale=3e-4, max_return=0, observation_scale=[1, 1, 0.2, 0.2, 1, 1, 1])
 ATTRIBUTES = {
     "AntMaze": ANT,
     "AntPush": ANT,
     "AntFall": dict(ANT, observation_scale=STATE + [1, 1, 1], random_subgoals=700_000),
-    "AntGather": dict(ANT, observation_scale=STATE + 20 * [1], reward_scale=0.3, score="return"),
+    "AntGather": dict(
+        ANT, observation_scale=STATE + 20 * [1], reward_scale=0.3, max_return=8, score="return"
+    ),
     "PointMaze": POINT,
     "PointPush": dict(POINT, action_unit=2, total_steps=150_000),
 }

@@ -208,7 +208,8 @@ def interval(least, most):
 
 NEEDED = (  # attributes of a task's class; envs.py says what they are
     *("state_dim", "action_dim", "low_blind", "subgoal_scale", "observation_scale", "unseen_dim"),
-    *("action_unit", "reward_scale", "score", "total_steps", "random_subgoals", "snapshot"),
+    *("action_unit", "reward_scale", "max_return", "score", "total_steps", "random_subgoals"),
+    "snapshot",
 )
 
 

@@ -728,7 +728,7 @@ import numpy as np
 class Mine(gymnasium.Env):
     state_dim, action_dim, low_blind, unseen_dim, action_unit = 2, 1, 1, 0, 1.0
     subgoal_scale, observation_scale = np.ones(1), np.ones(3)
-    reward_scale, score = 1.0, "return"
+    reward_scale, max_return, score = 1.0, 0.0, "return"
     total_steps, random_subgoals = 60, 0
     observation_space = gymnasium.spaces.Box(-99, 99, (3,), np.float32)
     action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
