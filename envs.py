@@ -10,7 +10,8 @@ What HIRO must know of a task stands in its class attributes:
     low_blind          entries at the front of the state that the low level never sees (x and y)
     observation_scale  [obs] factor on each observation entry for the networks: metres, radians,
                        5 m/s or rad/s, time as it is (thousands of steps)
-    unseen_dim         entries that show_unseen appends to an observation: what the state leaves out
+    privileged_dim     entries that privileged=True appends to an observation: what the state leaves
+                       out and the high level's critic sees in training
     action_unit        what action 1.0 means: torque (ant) or m/s (point)
     reward_scale       factor that brings the high level's Q, the discounted return, to order one
     max_return         what no discounted return can be above, unscaled (0: rewards never are)
@@ -40,7 +41,7 @@ class AntMaze(gymnasium.Env):
     observation  [32]  qpos[:15], qvel[:14], 0.001 t, target x, y
     action       [8]   in [-1, 1]; 1.0 is a torque of 30
     evaluate           False: the target is uniform in [-4, 20]²; True: it is (0, 16)
-    show_unseen        True: the observation ends with the block's displacement (m), if there is one
+    privileged         True: the observation ends with the block's displacement (m), if there is one
     info               is_success (distance < 5 m), distance (m), simulator_warnings (this step)
 
     Maze drawings: # wall, . free, R start, B block that slides in x and y, Z block that slides in
@@ -55,7 +56,7 @@ class AntMaze(gymnasium.Env):
     low_blind = 2
     state_scale = np.array([1.0] * 15 + [0.2] * 14 + [1.0], np.float32)
     observation_scale = np.append(state_scale, [1.0, 1.0]).astype(np.float32)
-    unseen_dim = 0
+    privileged_dim = 0
     action_unit = 30.0
     reward_scale = 0.0003
     max_return = 0.0
@@ -75,19 +76,19 @@ class AntMaze(gymnasium.Env):
     max_steps = 500
     frame_skip = 5
 
-    def __init__(self, evaluate=False, render_mode=None, width=640, height=640, show_unseen=False):
+    def __init__(self, evaluate=False, render_mode=None, width=640, height=640, privileged=False):
         self.model = self._build().compile()
         self.data = mujoco.MjData(self.model)
         self.num_qpos = self.state_dim // 2  # the robot's own coordinates come first,
         self.num_qvel = self.state_dim - 1 - self.num_qpos  # blocks behind them
-        self.evaluate, self.show_unseen = evaluate, show_unseen
+        self.evaluate, self.privileged = evaluate, privileged
         self.render_mode = render_mode
         self.width, self.height = width, height
         self.renderer = None
         self.markers = []  # keyword arguments of visual-only geoms for the next rendered frame
         self.steps = 0
         self.target = np.array(self.eval_target)
-        size = len(self.observation_scale) + show_unseen * self.unseen_dim
+        size = len(self.observation_scale) + privileged * self.privileged_dim
         bound = np.full(size, np.finfo(np.float32).max, np.float32)
         self.observation_space = gymnasium.spaces.Box(-bound, bound, dtype=np.float32)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (self.action_dim,), np.float32)
@@ -212,8 +213,8 @@ class AntMaze(gymnasium.Env):
         return -self._distance(), False  # Maze, Push and Fall never terminate
 
     def _observation(self):
-        unseen = self.data.qpos[self.num_qpos :] if self.show_unseen else []
-        return np.concatenate([self._state(), self.target, unseen]).astype(np.float32)
+        privileged = self.data.qpos[self.num_qpos :] if self.privileged else []
+        return np.concatenate([self._state(), self.target, privileged]).astype(np.float32)
 
     @property
     def block_places(self):
@@ -333,7 +334,7 @@ class AntPush(AntMaze):
         # # # # #"""
     target_low = None
     eval_target = (0.0, 19.0)
-    unseen_dim = 2  # along x and y
+    privileged_dim = 2  # along x and y
 
 
 class AntFall(AntMaze):
@@ -353,7 +354,7 @@ class AntFall(AntMaze):
         # # # #"""
     target_low = None
     eval_target = (0.0, 27.0, 4.5)
-    unseen_dim = 2  # along y and z
+    privileged_dim = 2  # along y and z
     random_subgoals = 700_000  # an ant that walks .35 m/s, as after 300,000, has no time to cross
 
 
@@ -474,7 +475,7 @@ class PointPush(PointMaze):
 
     action_unit = 2.0
     total_steps = 150_000
-    unseen_dim = AntPush.unseen_dim
+    privileged_dim = AntPush.privileged_dim
     radius, force = 0.7, 6.0
     maze = AntPush.maze
     target_low = None

@@ -95,7 +95,7 @@ class HIROConfig:
     high_random: float = option(0.2, "share of uniformly random subgoals after that", most=1)
     high_random_length: int = option(4, "segments that a random subgoal stays for, mean", 1)
     # Differs 9: where the state leaves out the block, a jammed one has the value of a free one
-    critic_sees_all: bool = option(
+    privileged_critic: bool = option(
         True, "in training the high level's critic sees what the state leaves out: blocks"
     )
     # Differs 8: tanh passes no gradient back from a corner of the range
@@ -135,7 +135,7 @@ PRESETS = {
         low_uniform_steps=0,
         high_uniform_steps=0,
         high_random=0.0,
-        critic_sees_all=False,
+        privileged_critic=False,
         squash_cost=0.0,
         clip_targets=False,
     ),
@@ -245,7 +245,7 @@ class HIRO:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.subgoal_scale = torch.tensor(task.subgoal_scale, device=self.device).float()
         # entries that an observation in training has at its end, besides what policies see
-        self.unseen_dim = task.unseen_dim if self.config.critic_sees_all else 0
+        self.privileged_dim = task.privileged_dim if self.config.privileged_critic else 0
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self._make_learners(task)
@@ -272,7 +272,7 @@ class HIRO:
 
         self.low = self._learner("low", one, low_unit, **low)
         max_q = config.high_reward_scale * task.max_return if config.clip_targets else float("inf")
-        high |= dict(critic_only=self.unseen_dim, max_q=max_q)
+        high |= dict(privileged=self.privileged_dim, max_q=max_q)
         self.high = self._learner("high", reach, high_unit, **high)
         self.low_noise = (config.low_noise * low_unit).to(self.device)
         self.high_noise = (config.high_noise * high_unit).to(self.device)
@@ -296,7 +296,7 @@ class HIRO:
     def _make_buffers(self, task, num_envs):
         """What each level remembers (3.1), and the high level's transitions under way."""
         config, d, c = self.config, len(self.subgoal_scale), self.config.subgoal_steps
-        seen = len(task.observation_scale) + self.unseen_dim  # by the high level's critic
+        seen = len(task.observation_scale) + self.privileged_dim  # by the high level's critic
         kwargs = dict(device=self.device, generator=self.generator)
         low_fields = {
             "state": (task.state_dim,),
@@ -307,7 +307,7 @@ class HIRO:
             "next_subgoal": (d,),
         }
         high_fields = {
-            "state": (seen,),  # the whole observation: state, target, what is unseen
+            "state": (seen,),  # the whole observation: state, target, privileged
             "subgoal": (d,),
             "states": (c, task.state_dim),  # s_t ... s_{t+c-1}, for the relabelling
             "actions": (c, task.action_dim),

@@ -93,7 +93,7 @@ class TD3:
 
     max_action    [A]  half-range of the actions; actions and smoothed target actions stay inside
     state_scale   [S]  input factors, see Actor; action_scale [A] likewise, see Critic
-    critic_only        U, entries that a state has besides, at its end, for the critics (factor 1)
+    privileged         U, entries that a state has besides, at its end, for the critics (factor 1)
     discount           gamma, per transition of the batch
     tau                targets move by this fraction at every delayed update
     policy_noise  [A]  std of the target policy smoothing; noise_clip [A] its clip
@@ -119,7 +119,7 @@ class TD3:
         max_action,
         state_scale,
         action_scale,
-        critic_only=0,
+        privileged=0,
         discount=0.99,
         tau=0.005,
         policy_noise=0.2,
@@ -134,7 +134,7 @@ class TD3:
         device="cpu",
     ):
         self.actor = Actor(max_action, state_scale, hidden).to(device)
-        critic_scale = torch.cat([torch.as_tensor(state_scale), torch.ones(critic_only)])
+        critic_scale = torch.cat([torch.as_tensor(state_scale), torch.ones(privileged)])
         self.critic = Critic(critic_scale, action_scale, hidden).to(device)
         self.actor_target = Actor(max_action, state_scale, hidden).to(device)
         self.critic_target = Critic(critic_scale, action_scale, hidden).to(device)

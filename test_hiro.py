@@ -153,7 +153,7 @@ def test_relabel_equals_a_triple_loop__3_3(random):
 
 def learner(**changes):
     args = dict(max_action=[1.0, 2.0], state_scale=[0.5, 1.0, 2.0], action_scale=[2.0, 0.5])
-    args |= dict(critic_only=1)
+    args |= dict(privileged=1)
     torch.manual_seed(0)
     return TD3(**args, hidden=8, generator=torch.Generator().manual_seed(0), **changes)
 
@@ -524,14 +524,14 @@ DEFAULT = {
     **dict(low_reward_scale=0.1, high_reward_scale=None, high_update_every=3),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, low_relabel=0.5, high_random=0.2, high_random_length=4),
-    **dict(critic_sees_all=True, squash_cost=0.01, clip_targets=True),
+    **dict(privileged_critic=True, squash_cost=0.01, clip_targets=True),
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", low_noise=1.0, high_noise=1.0),
     **dict(high_update_every=10, low_actor_lr=1e-4, low_critic_lr=1e-3),
     **dict(low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
-    **dict(low_relabel=0.0, high_random=0.0, critic_sees_all=False),
+    **dict(low_relabel=0.0, high_random=0.0, privileged_critic=False),
     **dict(squash_cost=0.0, clip_targets=False),
 }
 
@@ -579,7 +579,7 @@ def test_nothing_but_the_high_level_s_critic_sees_the_block(learn):
     assert torch.equal(agent.high.act(state), agent.policy.high(with_block[:, :7]))
     values = [agent.high.critic.q1(each, high["subgoal"]) for each in (state, with_block)]
     assert not torch.equal(*values)
-    agent = HIRO(tasks.PointPush, small(critic_sees_all=False))
+    agent = HIRO(tasks.PointPush, small(privileged_critic=False))
     learn(agent, 60, tasks.PointPush)
     assert agent.high_buffer.rows()["state"].shape[1] == 7
 
@@ -793,7 +793,7 @@ def test_the_state_is_positions_velocities_and_scaled_time__B():
     "name, joints", [("AntPush", "xy"), ("PointPush", "xy"), ("AntFall", "yz")]
 )
 def test_the_block_s_displacement_is_shown_on_request_only(name, joints):
-    env, shown = make(name), make(name, show_unseen=True)
+    env, shown = make(name), make(name, privileged=True)
     for each in env, shown:
         each.reset(seed=0)
         for joint, place in zip(joints, (0.3, -0.2), strict=True):

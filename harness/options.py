@@ -207,9 +207,9 @@ def interval(least, most):
 
 
 NEEDED = (  # attributes of a task's class; envs.py says what they are
-    *("state_dim", "action_dim", "low_blind", "subgoal_scale", "observation_scale", "unseen_dim"),
-    *("action_unit", "reward_scale", "max_return", "score", "total_steps", "random_subgoals"),
-    "snapshot",
+    *("state_dim", "privileged_dim", "action_dim", "low_blind", "subgoal_scale"),
+    *("observation_scale", "action_unit", "reward_scale", "max_return", "score"),
+    *("total_steps", "random_subgoals", "snapshot"),
 )
 
 
@@ -245,8 +245,8 @@ def check_task(name, task):
     fine = task.score in ("success_rate", "return")
     require(fine, f"has score {task.score}, which is neither success_rate nor return")
     wanted = {"evaluate": True, "render_mode": None}
-    if task.unseen_dim:
-        wanted["show_unseen"] = True
+    if task.privileged_dim:
+        wanted["privileged"] = True
     try:
         env = task(**wanted)
     except TypeError as error:
@@ -261,8 +261,8 @@ def check_task(name, task):
     *_, info = env.step(np.zeros(task.action_dim, np.float32))
     missing = {"is_success", "distance", "simulator_warnings"} - info.keys()
     require(not missing, f"leaves {', '.join(sorted(missing))} out of info")
-    expected = (len(task.observation_scale) + task.unseen_dim,)
-    says = f"observation_scale and unseen_dim say {expected}"
+    expected = (len(task.observation_scale) + task.privileged_dim,)
+    says = f"observation_scale and privileged_dim say {expected}"
     for found in (np.shape(obs), env.observation_space.shape):
         require(found == expected, f"observes {found}, {says}")
     saved = io.BytesIO()

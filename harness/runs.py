@@ -263,7 +263,7 @@ class Run:
     def begin(self, agent):
         """obs [N, obs], subgoal [N, d], clock [N] to go on from; a resumed agent gets its past."""
         self.agent, n = agent, self.num_envs
-        more = {"show_unseen": True} if agent.unseen_dim else {}
+        more = {"privileged": True} if agent.privileged_dim else {}
         self.envs = make_envs(self.task, n, evaluate=False, **more)
         self.eval_envs = make_envs(self.task, min(self.eval_episodes, EVAL_COPIES), evaluate=True)
         for name in STOP_SIGNALS:

@@ -726,7 +726,7 @@ import gymnasium
 import numpy as np
 
 class Mine(gymnasium.Env):
-    state_dim, action_dim, low_blind, unseen_dim, action_unit = 2, 1, 1, 0, 1.0
+    state_dim, action_dim, low_blind, privileged_dim, action_unit = 2, 1, 1, 0, 1.0
     subgoal_scale, observation_scale = np.ones(1), np.ones(3)
     reward_scale, max_return, score = 1.0, 0.0, "return"
     total_steps, random_subgoals = 60, 0
@@ -791,14 +791,14 @@ def test_a_task_of_one_s_own_is_trained_resumed_and_evaluated(mine, tmp_path):
         ('"return"', '"reward"', "has score reward, which is neither success_rate nor return"),
         ('"distance": distance, "simulator_warnings": 0', "", "distance, simulator_warnings out"),
         ("action_unit = 2, 1,", "action_unit = 2, 3,", "acts in (1,), action_dim says (3,)"),
-        ("np.ones(3", "np.ones(4", "observes (3,), observation_scale and unseen_dim say (4,)"),
+        ("np.ones(3", "np.ones(4", "observes (3,), observation_scale and privileged_dim say (4,)"),
         ("Box(-99, 99, (3,)", "Box(-99, 99, (2,)", "observes (2,), observation_scale and"),
         ("Box(-1, 1", "Box(-2, 2", "has action_space Box(-2.0, 2.0, (1,), float32), not Box(-1.0"),
         ("observation_space =", "space =", "lacks observation_space"),
         ("action_space =", "space =", "lacks action_space"),
         ("[self.place, self.steps, self", "[np.ones(2), self", "snapshot of more than plain"),
         ("property(get, set)", "property(get)", "has a snapshot that cannot be set"),
-        ("low_blind, unseen_dim", "unseen_dim, low_blind", "take evaluate, render_mode, show_"),
+        ("low_blind, privileged_dim", "privileged_dim, low_blind", "take evaluate, render_mode, p"),
         ("evaluate=False, ", "", "must take evaluate, render_mode ("),
         ("(gymnasium.Env)", "", "is no gymnasium.Env"),
     ],

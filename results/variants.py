@@ -80,13 +80,13 @@ class NoHierarchy(HIRO):
         only_in_range_units(self.config)
         super()._make_learners(task)
         scale, one = torch.tensor(task.observation_scale).float(), torch.ones(task.action_dim)
-        own = dict(critic_only=self.unseen_dim, max_q=self.high.max_q)
+        own = dict(privileged=self.privileged_dim, max_q=self.high.max_q)
         own |= dict(discount=self.config.high_discount)
         self.low = self._learner("low", one, one, state_scale=scale, action_scale=one, **own)
 
     def _make_buffers(self, task, num_envs):
         super()._make_buffers(task, num_envs)
-        seen = len(task.observation_scale) + self.unseen_dim
+        seen = len(task.observation_scale) + self.privileged_dim
         fields = {"state": (seen,), "action": (task.action_dim,), "next_state": (seen,)}
         fields |= {"reward": (), "terminated": ()}
         kwargs = dict(generator=self.generator, device=self.device)
@@ -270,7 +270,7 @@ class Representation(HIRO):
         one, scale = self.subgoal_scale.cpu(), torch.tensor(task.observation_scale).float()
         sight = Sight(scale[: task.state_dim], len(one), self.config.hidden).to(self.device)
         scales = dict(state_scale=torch.cat([one, scale[task.state_dim :]]), action_scale=one)
-        own = dict(critic_only=self.unseen_dim, max_q=self.high.max_q, sight=sight)
+        own = dict(privileged=self.privileged_dim, max_q=self.high.max_q, sight=sight)
         self.high = self._learner("high", one, one, SeeingTD3, **scales, **own)
 
     def swap_subgoals(self, batch):
