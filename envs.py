@@ -368,10 +368,10 @@ class AntGather(AntMaze):
 
     observation_scale = np.append(AntMaze.state_scale, np.ones(20)).astype(np.float32)
     reward_scale = 0.3
-    max_return = 8.0  # all apples at once
     score = "return"
     maze = "\nR"
     num_each = 8
+    max_return = num_each  # all apples at once
     bins, reach = 10, 6.0  # Differs 11: the paper gives neither the readings nor the cost of dying
 
     def _add_scenery(self, spec):

@@ -798,7 +798,11 @@ def test_a_task_of_one_s_own_is_trained_resumed_and_evaluated(mine, tmp_path):
         ("action_space =", "space =", "lacks action_space"),
         ("[self.place, self.steps, self", "[np.ones(2), self", "snapshot of more than plain"),
         ("property(get, set)", "property(get)", "has a snapshot that cannot be set"),
-        ("low_blind, privileged_dim", "privileged_dim, low_blind", "take evaluate, render_mode, p"),
+        (
+            "low_blind, privileged_dim",
+            "privileged_dim, low_blind",
+            "must take evaluate, render_mode, privileged (",
+        ),
         ("evaluate=False, ", "", "must take evaluate, render_mode ("),
         ("(gymnasium.Env)", "", "is no gymnasium.Env"),
     ],
