@@ -47,7 +47,7 @@ def test_without_hierarchy_one_td3_is_paid_for_the_task(learn):
     assert (agent.low.updates, agent.high.updates) == (100, 0) and len(rows["reward"]) == 140
     assert agent.low.discount == config.high_discount
     places, target = rows["next_state"][:, :2], torch.tensor([0.0, 19.0])
-    torch.testing.assert_close(rows["reward"], -0.5 * (places - target).norm(dim=1))
+    torch.testing.assert_close(rows["reward"], -5 * (places - target).norm(dim=1))
     assert torch.equal(rows["state"][1:], rows["next_state"][:-1])
     obs = rows["state"][:, :7]
     acts = agent.policy.act(obs)

@@ -15,9 +15,11 @@ cosine           directions: r = cos(s' - s, g), and h leaves g as it is
 transition       the transition policy gradient in place of the correction
 feudal           all three
 
-Reward scales are HIRO's in all of them. Where subgoals are not changes of the state (no-hierarchy,
-representation, cosine, feudal) the column subgoal_progress and arrows in pictures mean nothing, and
-for no-hierarchy neither do intrinsic_return and the flags of subgoals and of the high level's pace.
+Reward scales are HIRO's in all of them, but no-hierarchy's is c times the high level's, so that its
+Q, which sums steps and not segments, is of order one too. Where subgoals are not changes of the
+state (no-hierarchy, representation, cosine, feudal) the column subgoal_progress and arrows in
+pictures mean nothing, and for no-hierarchy neither do intrinsic_return and the flags of subgoals
+and of the high level's pace.
 """
 
 import copy
@@ -71,7 +73,8 @@ class FlatPolicy(Policy):
 class NoHierarchy(HIRO):
     """HIRO, but its low level is paid the task's reward, sees all, and nobody sets it subgoals.
 
-    The high level's discount, .99, is that of each step here, as usual for TD3.
+    The high level's discount, .99, is that of each step here, as usual for TD3, and a reward counts
+    c times, as for the high level, which is paid for c steps at once.
     """
 
     policy_class = FlatPolicy
@@ -80,8 +83,8 @@ class NoHierarchy(HIRO):
         only_in_range_units(self.config)
         super()._make_learners(task)
         scale, one = torch.tensor(task.observation_scale).float(), torch.ones(task.action_dim)
-        own = dict(privileged=self.privileged_dim, max_q=self.high.max_q)
-        own |= dict(discount=self.config.high_discount)
+        own = dict(privileged=self.privileged_dim, discount=self.config.high_discount)
+        own |= dict(max_q=self.config.subgoal_steps * self.high.max_q)
         self.low = self._learner("low", one, one, state_scale=scale, action_scale=one, **own)
 
     def _make_buffers(self, task, num_envs):
@@ -96,7 +99,7 @@ class NoHierarchy(HIRO):
         pass
 
     def remember_segment(self, clock, obs, subgoal, action, reward, next_obs, terminated, ended):
-        reward = self.config.high_reward_scale * reward
+        reward = self.config.subgoal_steps * self.config.high_reward_scale * reward
         row = dict(state=obs, action=action, reward=reward, next_state=next_obs)
         self.low_buffer.add(**row, terminated=terminated)
 
