@@ -137,7 +137,7 @@ def test_the_representation_is_the_high_level_s_and_its_critic_s_loss_teaches_it
     agent = kind(tasks.PointPush, config)
     learn(agent, 160, tasks.PointPush)
     sight, batch = agent.high.sight, agent.high_buffer.sample(8)
-    assert agent.subgoal_scale.tolist() == [1, 1] and agent.high.updates == 20
+    assert agent.subgoal_scale.tolist() == [1, 1] and agent.high.updates == 40  # in school, too
     seen = sight(batch["state"])  # phi(s), target, block
     assert seen.shape == (8, 2 + 2 + 2) and torch.equal(seen[:, 2:], batch["state"][:, 5:])
 
@@ -216,7 +216,7 @@ AGENTS = {
     "pre-training": variants.PreTraining,
     "no-hierarchy": variants.NoHierarchy,
     "representation": variants.Representation,
-    "cosine": hiro.HIRO,
+    "cosine": variants.Directions,
     "transition": variants.TransitionPolicyGradient,
     "feudal": variants.FeUdal,
 }
@@ -227,7 +227,7 @@ def test_each_row_is_one_command_and_goes_on_as_no_other(
     name, tmp_path, monkeypatch, capsys, there
 ):
     folder, agents = tmp_path / "run", []
-    monkeypatch.setattr(train, "train", lambda agent, run: agents.append(type(agent)))
+    monkeypatch.setattr(train, "train", lambda agent, run: agents.append(agent))
     variants.main([name, "--env", "PointPush", "--run-dir", str(folder)])
     saved = json.loads((folder / "config.json").read_text())
     assert saved["variant"] == name
@@ -235,7 +235,10 @@ def test_each_row_is_one_command_and_goes_on_as_no_other(
     assert saved["algorithm"]["low_relabel"] == (1 if name == "random-subgoals" else 0.5)
     assert there.directions == (name in ("cosine", "feudal"))
     variants.main([name, "--resume", str(folder)])
-    assert agents == 2 * [AGENTS[name]] and AGENTS.keys() == variants.VARIANTS.keys()
+    assert [type(agent) for agent in agents] == 2 * [AGENTS[name]]
+    assert AGENTS.keys() == variants.VARIANTS.keys()
+    costs = {"no-hierarchy": 0.001, "cosine": 0, "feudal": 0}  # where an action is worth less
+    assert agents[0].low.squash_cost == costs.get(name, 0.01)
     assert is_there() == (name in ("representation", "cosine", "feudal"))
     with pytest.raises(SystemExit, match="2"):
         train.main(["--resume", str(folder)])

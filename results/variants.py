@@ -10,7 +10,7 @@ no-hierarchy     one TD3 on the task
 
 FeUdal Networks' parts (Vezhnevets et al. 2017) in HIRO's frame:
 
-representation   subgoals are changes of an embedding phi(s) that the high level's critic teaches
+representation   subgoals are changes of phi(s), d numbers that the high level's critic learns
 cosine           directions: r = cos(s' - s, g), and h leaves g as it is
 transition       the transition policy gradient in place of the correction
 feudal           all three
@@ -86,6 +86,7 @@ class NoHierarchy(HIRO):
         own = dict(privileged=self.privileged_dim, discount=self.config.high_discount)
         own |= dict(max_q=self.config.subgoal_steps * self.high.max_q)
         self.low = self._learner("low", one, one, state_scale=scale, action_scale=one, **own)
+        self.low.squash_cost /= self.config.subgoal_steps  # one action moves Q by that much less
 
     def _make_buffers(self, task, num_envs):
         super()._make_buffers(task, num_envs)
@@ -128,6 +129,18 @@ class TransitionPolicyGradient(HIRO):
         *_, drawn = relabel.candidate_subgoals(*args, **draw).unbind(1)
         what_happened = torch.ones(len(drawn), dtype=torch.long, device=self.device)
         return drawn, what_happened
+
+
+class Directions(HIRO):
+    """HIRO, but subgoals are directions (the functions below).
+
+    They pay for no haste, so that nothing would hold the low level's outputs against squash_cost:
+    its is 0.
+    """
+
+    def _make_learners(self, task):
+        super()._make_learners(task)
+        self.low.squash_cost = 0.0
 
 
 # Where subgoals live: they are changes of embed(s), as places to reach or as directions.
@@ -256,10 +269,12 @@ class Representation(HIRO):
     """HIRO, but subgoals are changes, within ±1, of the high level's own view of the state.
 
     Old steps' rewards and next subgoals follow that view. What a subgoal asks for hangs on the
-    place then, so the low level sees x and y.
+    place then, so the low level sees x and y; and on what the high level has learned, so that it
+    learns while the low level goes to school, or the school would be for another view.
     """
 
     policy_class = SeeingPolicy
+    high_learns = True
 
     def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
         changed = {"subgoal_scale": np.ones_like(task.subgoal_scale), "low_blind": 0}
@@ -283,7 +298,7 @@ class Representation(HIRO):
         batch["next_subgoal"] = transition_there(*step)
 
 
-class FeUdal(TransitionPolicyGradient, Representation):
+class FeUdal(TransitionPolicyGradient, Directions, Representation):
     """HIRO, but with FeUdal Networks' representation, directions and policy gradient."""
 
 
@@ -293,7 +308,7 @@ VARIANTS = {  # name: the agent, flags
     "pre-training": (PreTraining, []),
     "no-hierarchy": (NoHierarchy, []),
     "representation": (Representation, []),
-    "cosine": (HIRO, []),
+    "cosine": (Directions, []),
     "transition": (TransitionPolicyGradient, []),
     "feudal": (FeUdal, []),
 }
