@@ -58,15 +58,15 @@ class HIROConfig:
 
     units: str = option("range", "what networks see and noise is measured in: range or raw")
     subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)", 1)
-    low_discount: float = option(0.99, "gamma, per step (C.2)", most=1)
-    high_discount: float = option(0.99, "gamma, per c steps (C.2)", most=1)
-    low_tau: float = option(0.005, "tau of the target networks (C.2)", TINY, 1)
-    high_tau: float = option(0.005, "tau of the target networks (C.2)", TINY, 1)
+    discount: float = option(
+        0.99, "gamma: low level per step, high level per c steps (C.2)", most=1
+    )
+    tau: float = option(0.005, "tau of the target networks, both levels (C.2)", TINY, 1)
+    buffer_size: int = option(200_000, "transitions kept, of each level (C.2)", 1)
     batch_size: int = option(100, "transitions per gradient step, both levels", 1)
     hidden: int = option(300, "units in each of the two hidden layers (C.1)", 1)
     # Differs 2: all noise in fractions of the range
-    low_noise: float = option(0.2, "sigma: exploration of the low level (C.2)")
-    high_noise: float = option(0.2, "sigma: exploration of the high level (C.2)")
+    exploration_noise: float = option(0.2, "sigma: exploration, both levels (C.2)")
     policy_noise: float = option(0.2, "std of the target policy smoothing, both levels")
     noise_clip: float = option(0.5, "clip of the target policy smoothing, both levels")
     policy_delay: int = option(2, "critic updates per update of actor and targets", 1)
@@ -84,8 +84,6 @@ class HIROConfig:
     low_relabel: float = option(
         0.5, "share of each low batch that gets the subgoals of other rows (5.2)", most=1
     )
-    low_buffer_size: int = option(200_000, "low-level transitions kept (C.2)", 1)
-    high_buffer_size: int = option(200_000, "high-level transitions kept (C.2)", 1)
     # Differs 3: a uniformly random start
     start_steps: int = option(10_000, "environment steps before the first update")
     low_uniform_steps: int = option(10_000, "environment steps with uniformly random actions")
@@ -126,8 +124,7 @@ PRESETS = {
         low_reward_scale=1.0,
         high_reward_scale=0.1,
         units="raw",
-        low_noise=1.0,
-        high_noise=1.0,
+        exploration_noise=1.0,
         high_update_every=10,
         low_actor_lr=1e-4,
         low_critic_lr=1e-3,
@@ -274,23 +271,26 @@ class HIRO:
         max_q = config.high_reward_scale * task.max_return if config.clip_targets else float("inf")
         high |= dict(privileged=self.privileged_dim, max_q=max_q)
         self.high = self._learner("high", reach, high_unit, **high)
-        self.low_noise = (config.low_noise * low_unit).to(self.device)
-        self.high_noise = (config.high_noise * high_unit).to(self.device)
+        self.low_noise = (config.exploration_noise * low_unit).to(self.device)
+        self.high_noise = (config.exploration_noise * high_unit).to(self.device)
 
     def _learner(self, level, max_action, unit, kind=TD3, **more):
         """A TD3 with the settings of this level; unit: what its noise is measured in."""
-        config, names = self.config, ("discount", "tau", "actor_lr", "critic_lr")
-        own = {name: getattr(config, f"{level}_{name}") for name in names}
+        config = self.config
         return kind(
             max_action=max_action,
+            discount=config.discount,
+            tau=config.tau,
             policy_noise=config.policy_noise * unit,
             noise_clip=config.noise_clip * unit,
             policy_delay=config.policy_delay,
             squash_cost=config.squash_cost,
+            actor_lr=getattr(config, f"{level}_actor_lr"),
+            critic_lr=getattr(config, f"{level}_critic_lr"),
             hidden=config.hidden,
             generator=self.generator,
             device=self.device,
-            **{**own, **more},
+            **more,
         )
 
     def _make_buffers(self, task, num_envs):
@@ -316,8 +316,8 @@ class HIRO:
             "next_state": (seen,),  # at t + c
             "terminated": (),
         }
-        self.low_buffer = ReplayBuffer(config.low_buffer_size, low_fields, **kwargs)
-        self.high_buffer = ReplayBuffer(config.high_buffer_size, high_fields, **kwargs)
+        self.low_buffer = ReplayBuffer(config.buffer_size, low_fields, **kwargs)
+        self.high_buffer = ReplayBuffer(config.buffer_size, high_fields, **kwargs)
         self.segment = {  # the unfinished high-level transition of each environment: [N, *shape]
             name: torch.zeros(num_envs, *high_fields[name], device=self.device)
             for name in ("state", "subgoal", "states", "actions", "reward")

@@ -299,7 +299,7 @@ def test_buffer_state_holds_what_was_written_and_nothing_else():
 
 @pytest.mark.parametrize("num_envs, c", [(1, 5), (3, 6)])  # 5 divides the episode's 20 steps
 def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
-    changes = dict(subgoal_steps=c, start_steps=10**6, low_noise=0.0, high_noise=0.0)
+    changes = dict(subgoal_steps=c, start_steps=10**6, exploration_noise=0.0)
     changes |= dict(low_reward_scale=0.5, high_reward_scale=0.1)
     agent = HIRO(ClockTask, small(**changes), num_envs)
     for level in agent.low, agent.high:
@@ -355,9 +355,9 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
 def test_exploration_noise_has_the_stated_scale_and_is_clipped__C_2():
     ant, obs, zero = torch.tensor(ANT_RANGE), torch.zeros(99, 32), torch.zeros(99, 15)
     fresh = torch.ones(99, dtype=torch.bool)
-    for units, low_noise, low, high in (("range", 0.5, 0.5, 0.4 * ant), ("raw", 12, 12 / 30, 0.4)):
-        noise = dict(low_noise=low_noise, high_noise=0.4)
-        agent = HIRO(tasks.AntMaze, small(units=units, **noise))  # fresh actors answer 0 to 0
+    for units, noise, low, high in (("range", 0.4, 0.4, 0.4 * ant), ("raw", 2, 2 / 30, 2)):
+        few = small(units=units, exploration_noise=noise)
+        agent = HIRO(tasks.AntMaze, few)  # fresh actors answer 0 to 0
         generator = agent.generator.clone_state()
         low_white, high_white = (torch.randn(99, width, generator=generator) for width in (8, 15))
         torch.testing.assert_close(agent.low_action(obs, zero), (low * low_white).clamp(-1, 1))
@@ -366,7 +366,7 @@ def test_exploration_noise_has_the_stated_scale_and_is_clipped__C_2():
 
 
 def test_each_level_starts_with_uniform_draws_for_as_long_as_it_is_told():
-    N, noise = 20_000, dict(low_noise=0.0, high_noise=0.0)
+    N, noise = 20_000, dict(exploration_noise=0.0)
     few = small(low_uniform_steps=10, high_uniform_steps=20, **noise)
     agent = HIRO(tasks.AntMaze, few, num_envs=N)
     obs, zero, fresh = torch.zeros(N, 32), torch.zeros(N, 15), torch.ones(N, dtype=torch.bool)
@@ -385,7 +385,7 @@ def test_each_level_starts_with_uniform_draws_for_as_long_as_it_is_told():
 
 @pytest.mark.parametrize("uniform_steps, share, kept", [(0, 0.3, 0.75), (99, 1.0, 0.0)])
 def test_random_subgoals_stay_the_same_for_a_while(uniform_steps, share, kept):
-    N, changes = 20_000, dict(high_random=0.3, high_random_length=4, high_noise=0.0)
+    N, changes = 20_000, dict(high_random=0.3, high_random_length=4, exploration_noise=0.0)
     few = small(high_uniform_steps=uniform_steps, **changes)
     agent = HIRO(tasks.PointMaze, few, num_envs=N)
     obs, fresh = randn(N, 7), torch.arange(N) % 4 > 0
@@ -492,17 +492,16 @@ def test_high_update_learns_from_corrected_subgoals_and_stores_none__3_3(correct
     assert not correction or metrics["chosen"].tolist() == [0.5, 0.5, 0]
 
 
-def test_each_level_gets_its_own_hyperparameters__C_2():
-    low = dict(discount=0.1, tau=0.2, actor_lr=0.3, critic_lr=0.4, buffer_size=50)
-    levels = {"low": low, "high": {name: 2 * value for name, value in low.items()}}
-    own = {f"{level}_{name}": levels[level][name] for level in levels for name in low}
-    agent = HIRO(tasks.AntMaze, HIROConfig(**own, policy_delay=5, hidden=8, squash_cost=0.7))
-    for name, expected in levels.items():
+def test_each_level_gets_its_hyperparameters__C_2():
+    own = dict(low_actor_lr=0.1, low_critic_lr=0.2, high_actor_lr=0.3, high_critic_lr=0.4)
+    both = dict(discount=0.5, tau=0.6, buffer_size=70, policy_delay=8, squash_cost=0.9, hidden=10)
+    agent = HIRO(tasks.AntMaze, HIROConfig(**own, **both))
+    for name, rates in (("low", [0.1, 0.2]), ("high", [0.3, 0.4])):
         td3, buffer = getattr(agent, name), getattr(agent, f"{name}_buffer")
-        rates = [adam.param_groups[0]["lr"] for adam in (td3.actor_optimizer, td3.critic_optimizer)]
-        assert [td3.discount, td3.tau, *rates, buffer.capacity] == list(expected.values())
-        found = td3.policy_delay, td3.actor.net[0].out_features, td3.squash_cost
-        assert found == (5, 8, 0.7)
+        adams = td3.actor_optimizer, td3.critic_optimizer
+        assert [adam.param_groups[0]["lr"] for adam in adams] == rates
+        found = td3.discount, td3.tau, buffer.capacity, td3.policy_delay, td3.squash_cost
+        assert (*found, td3.actor.net[0].out_features) == tuple(both.values())
 
 
 @pytest.mark.parametrize("task, most", [("AntPush", 0), ("AntGather", 0.3 * 8), ("PointMaze", 0)])
@@ -516,10 +515,9 @@ def test_high_targets_stay_below_what_a_return_can_be(task, most):
 
 
 DEFAULT = {
-    **dict(low_buffer_size=200_000, high_buffer_size=200_000),
     **dict(units="range", subgoal_steps=10, batch_size=100, hidden=300, correction=True),
-    **dict(low_discount=0.99, high_discount=0.99, low_tau=0.005, high_tau=0.005),
-    **dict(low_noise=0.2, high_noise=0.2, policy_noise=0.2, noise_clip=0.5, policy_delay=2),
+    **dict(discount=0.99, tau=0.005, buffer_size=200_000, exploration_noise=0.2),
+    **dict(policy_noise=0.2, noise_clip=0.5, policy_delay=2),
     **dict(low_actor_lr=3e-4, low_critic_lr=3e-4, high_actor_lr=1e-4, high_critic_lr=1e-3),
     **dict(low_reward_scale=0.1, high_reward_scale=None, high_update_every=3),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
@@ -527,7 +525,7 @@ DEFAULT = {
     **dict(privileged_critic=True, squash_cost=0.01, clip_targets=True),
 }
 PAPER = {  # appendix C and the authors' code
-    **dict(DEFAULT, units="raw", low_noise=1.0, high_noise=1.0),
+    **dict(DEFAULT, units="raw", exploration_noise=1.0),
     **dict(high_update_every=10, low_actor_lr=1e-4, low_critic_lr=1e-3),
     **dict(low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),

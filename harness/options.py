@@ -184,9 +184,8 @@ def validate(run, config):
     segment = config.subgoal_steps * run.num_envs
     rule = f"must be at least {segment}, the steps of a first segment"
     require(config.start_steps >= segment, "start_steps", rule)
-    smaller = min(config.low_buffer_size, config.high_buffer_size)
-    rule = f"must not exceed the replay buffers' size, {smaller}"
-    require(run.num_envs <= smaller, "num_envs", rule)
+    rule = f"must not exceed the replay buffers' size, {config.buffer_size}"
+    require(run.num_envs <= config.buffer_size, "num_envs", rule)
     if run.device == "cuda":
         require(torch.cuda.is_available(), "device", "torch finds no CUDA device here; use cpu")
 

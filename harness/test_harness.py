@@ -76,7 +76,7 @@ SMALL = "--env Ball --hidden 16 --batch-size 8 --eval-episodes 2 "
 IDLE = SMALL + "--start-steps 1000 "  # too short a run to learn
 # Checkpoints at 147, 294 and 441 fall within episodes and segments; both buffers are full by then.
 RUNS = {"one": SMALL + "--start-steps 40 --low-uniform-steps 100 --high-uniform-steps 150 "}
-RUNS["one"] += "--low-buffer-size 120 --high-buffer-size 10 "
+RUNS["one"] += "--buffer-size 10 "
 RUNS["one"] += "--total-steps 500 --eval-every 170 --checkpoint-every 147 "
 RUNS["three"] = RUNS["one"] + "--num-envs 3 --high-update-every 2 "
 
@@ -603,11 +603,13 @@ def test_tensorboard_gets_grouped_names(tmp_path, scripted, monkeypatch):
 
 
 def test_flags_come_from_the_dataclasses_and_are_forgiving():
-    given = options.parse("--total_steps 1e6 --no-correction --low_noise=.5 --env=my_a:A".split())
-    assert given == dict(total_steps=10**6, correction=False, low_noise=0.5, env="my_a:A")
+    given = options.parse(
+        "--total_steps 1e6 --no-correction --policy_noise=.5 --env=my_a:A".split()
+    )
+    assert given == dict(total_steps=10**6, correction=False, policy_noise=0.5, env="my_a:A")
     assert type(given["total_steps"]) is int
-    given = options.parse("--run_dir my_run --seed 1_000 --low-discount 0.8".split())
-    assert given == dict(run_dir="my_run", seed=1000, low_discount=0.8)
+    given = options.parse("--run_dir my_run --seed 1_000 --discount 0.8".split())
+    assert given == dict(run_dir="my_run", seed=1000, discount=0.8)
 
 
 def test_help_names_every_setting_and_the_paper_s_value_where_ours_differs():
@@ -656,15 +658,15 @@ BAD_INPUTS = {
     POINT + "--seed -1": "--seed -1: must be between 0 and",
     POINT + "--seed 1e20": "must be between 0 and 9223372036854775807",
     POINT + "--threads 1e10": "between 1 and 1024",
-    POINT + "--num-envs 9 --low-buffer-size 8": "--num-envs 9: must not exceed",
+    POINT + "--num-envs 9 --buffer-size 8": "--num-envs 9: must not exceed",
     POINT + "--num-envs 4 --start-steps 39": "must be at least 40",
     POINT + "--num-candidates 1": "must be at least 2",
     POINT + "--high-random 1.5": "must be between 0 and 1",
-    POINT + "--low-discount 1.5": "--low-discount 1.5: must be between 0 and 1",
-    POINT + "--low-tau 0": "--low-tau 0.0: must be above 0, at most 1",
-    POINT + "--high-tau nan": "must be above 0, at most 1",
-    POINT + "--low-noise inf": "must be at least 0, and finite",
-    POINT + "--low-noise -0.1": "must be at least 0, and finite",
+    POINT + "--discount 1.5": "--discount 1.5: must be between 0 and 1",
+    POINT + "--tau 0": "--tau 0.0: must be above 0, at most 1",
+    POINT + "--tau nan": "must be above 0, at most 1",
+    POINT + "--exploration-noise inf": "must be at least 0, and finite",
+    POINT + "--policy-noise -0.1": "must be at least 0, and finite",
     POINT + "--low-actor-lr 0": "must be positive",
     POINT + "--units metres": "argument --units: invalid choice: 'metres'",
     POINT + "--preset td3": "argument --preset: invalid choice: 'td3'",
@@ -677,12 +679,12 @@ BAD_INPUTS = {
     POINT + "--plot a.png": "--plot goes with --eval-only POLICY",
     POINT + "--run-dir broken": "not empty; give another --run-dir, or --resume broken",
     POINT + "--run-dir text.pt/run": "Not a directory",
-    POINT + "--run-dir x --low-buffer-size 1e13": "cannot set the run up: ",
+    POINT + "--run-dir x --buffer-size 1e13": "cannot set the run up: ",
     POINT + "--run-dir x --hidden 1e7": "cannot set the run up: ",
     "--resume nothing": "no run here",
     "--resume broken": "config.json is damaged",
     "--resume run --env AntMaze": "--env AntMaze differs from the run's Ball; only --total-steps",
-    "--resume run --low-tau 0.1": "tau 0.1 differs",
+    "--resume run --tau 0.1": "tau 0.1 differs",
     "--resume run --no-correction": "--correction False differs",
     "--resume run --preset paper": "--preset paper differs",
     "--resume run --total-steps 499": "the run is at 500 already",
@@ -703,7 +705,7 @@ BAD_INPUTS = {
 for name in (  # what must be there at all
     *("total-steps", "eval-every", "eval-episodes", "checkpoint-every", "num-envs", "threads"),
     *("subgoal-steps", "batch-size", "hidden", "policy-delay", "high-update-every"),
-    "low-buffer-size",
+    "buffer-size",
 ):
     BAD_INPUTS[f"{POINT}--{name} 0"] = f"--{name} 0: must be "
 

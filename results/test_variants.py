@@ -45,7 +45,6 @@ def test_without_hierarchy_one_td3_is_paid_for_the_task(learn):
     learn(agent, 140, tasks.PointPush)
     rows = agent.low_buffer.rows()
     assert (agent.low.updates, agent.high.updates) == (100, 0) and len(rows["reward"]) == 140
-    assert agent.low.discount == config.high_discount
     places, target = rows["next_state"][:, :2], torch.tensor([0.0, 19.0])
     torch.testing.assert_close(rows["reward"], -5 * (places - target).norm(dim=1))
     assert torch.equal(rows["state"][1:], rows["next_state"][:-1])
@@ -188,7 +187,7 @@ def test_the_representation_is_the_high_level_s_and_its_critic_s_loss_teaches_it
     agent.high.update(batch)
     torch.testing.assert_close(weight.grad, torch.tensor(slopes), rtol=0.02, atol=1e-3)
     assert ((weight - was) * weight.grad < 0).all()  # downhill
-    target, tau = agent.high.sight_target.phi[2].bias, agent.config.high_tau
+    target, tau = agent.high.sight_target.phi[2].bias, agent.config.tau
     torch.testing.assert_close(target, before + tau * (weight - before))
     assert (agent.high.critic_target.net1[0].bias != critic_was).any()
 

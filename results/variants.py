@@ -73,8 +73,8 @@ class FlatPolicy(Policy):
 class NoHierarchy(HIRO):
     """HIRO, but its low level is paid the task's reward, sees all, and nobody sets it subgoals.
 
-    The high level's discount, .99, is that of each step here, as usual for TD3, and a reward counts
-    c times, as for the high level, which is paid for c steps at once.
+    The discount, .99, is that of each step here, as usual for TD3, and a reward counts c times, as
+    for the high level, which is paid for c steps at once.
     """
 
     policy_class = FlatPolicy
@@ -83,8 +83,8 @@ class NoHierarchy(HIRO):
         only_in_range_units(self.config)
         super()._make_learners(task)
         scale, one = torch.tensor(task.observation_scale).float(), torch.ones(task.action_dim)
-        own = dict(privileged=self.privileged_dim, discount=self.config.high_discount)
-        own |= dict(max_q=self.config.subgoal_steps * self.high.max_q)
+        most = self.config.subgoal_steps * self.high.max_q
+        own = dict(privileged=self.privileged_dim, max_q=most)
         self.low = self._learner("low", one, one, state_scale=scale, action_scale=one, **own)
         self.low.squash_cost /= self.config.subgoal_steps  # one action moves Q by that much less
 
@@ -94,7 +94,7 @@ class NoHierarchy(HIRO):
         fields = {"state": (seen,), "action": (task.action_dim,), "next_state": (seen,)}
         fields |= {"reward": (), "terminated": ()}
         kwargs = dict(generator=self.generator, device=self.device)
-        self.low_buffer = ReplayBuffer(self.config.low_buffer_size, fields, **kwargs)
+        self.low_buffer = ReplayBuffer(self.config.buffer_size, fields, **kwargs)
 
     def remember_step(self, *_):
         pass
