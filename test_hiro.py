@@ -366,8 +366,8 @@ def test_exploration_noise_has_the_stated_scale_and_is_clipped__C_2():
 
 
 def test_each_level_starts_with_uniform_draws_for_as_long_as_it_is_told():
-    N, noise = 20_000, dict(exploration_noise=0.0)
-    few = small(low_uniform_steps=10, high_uniform_steps=20, **noise)
+    N = 20_000
+    few = small(low_uniform_steps=10, high_uniform_steps=20, exploration_noise=0.0)
     agent = HIRO(tasks.AntMaze, few, num_envs=N)
     obs, zero, fresh = torch.zeros(N, 32), torch.zeros(N, 15), torch.ones(N, dtype=torch.bool)
     for agent.steps in range(80):

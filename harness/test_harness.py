@@ -76,8 +76,7 @@ SMALL = "--env Ball --hidden 16 --batch-size 8 --eval-episodes 2 "
 IDLE = SMALL + "--start-steps 1000 "  # too short a run to learn
 # Checkpoints at 147, 294 and 441 fall within episodes and segments; both buffers are full by then.
 RUNS = {"one": SMALL + "--start-steps 40 --low-uniform-steps 100 --high-uniform-steps 150 "}
-RUNS["one"] += "--buffer-size 10 "
-RUNS["one"] += "--total-steps 500 --eval-every 170 --checkpoint-every 147 "
+RUNS["one"] += "--buffer-size 10 --total-steps 500 --eval-every 170 --checkpoint-every 147 "
 RUNS["three"] = RUNS["one"] + "--num-envs 3 --high-update-every 2 "
 
 

@@ -45,6 +45,7 @@ def test_without_hierarchy_one_td3_is_paid_for_the_task(learn):
     learn(agent, 140, tasks.PointPush)
     rows = agent.low_buffer.rows()
     assert (agent.low.updates, agent.high.updates) == (100, 0) and len(rows["reward"]) == 140
+    assert agent.low.discount == config.discount
     places, target = rows["next_state"][:, :2], torch.tensor([0.0, 19.0])
     torch.testing.assert_close(rows["reward"], -5 * (places - target).norm(dim=1))
     assert torch.equal(rows["state"][1:], rows["next_state"][:-1])
