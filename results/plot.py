@@ -1,6 +1,7 @@
 """Learning curves from progress.csv files.
 
-python results/plot.py            curves of the runs in results/<task>/ -> results/curves.svg
+python results/plot.py            curves of the runs in results/<task>/ -> results/curves.svg,
+                                  and of those in results/variants/ -> results/variants.svg
 python results/plot.py RUN ...    curves of these runs, one still going included -> RUN/curves.svg
 """
 
@@ -15,7 +16,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 PAPER = {"AntMaze": 0.99, "AntPush": 0.92, "AntFall": 0.66, "AntGather": 3.02}  # Table 1
 TASKS = (*PAPER, "PointMaze", "PointPush")  # the order of the panels; any others come after
 GREY = "#8a93a3"
-PRESETS = {"default": "#2f6db5", "paper": "#c8452f"}
+COLOURS = {"default": "#2f6db5", "paper": "#c8452f"}  # of presets; variants get others
 
 
 def read(path):
@@ -25,28 +26,27 @@ def read(path):
     return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]} if rows else {}
 
 
-def find(folders, without=None):
+def find(folders):
     """Every CSV below the folders that has its run's JSON beside it: {"AntMaze": [curve, ...]}.
 
-    without  the name of a folder to leave out
-    returns  curves as read() gives them, with the run's "preset" and "commits"; of several runs
-             of a seed the longest, and the last by name of equally long ones
+    returns  curves as read() gives them, with the run's "label" (its variant or preset) and
+             "commits"; of several runs of a seed the longest, and the last by name of equally
+             long ones
     """
-    seeds = {}  # {(task, preset, seed): [curve, ...]}
+    seeds = {}  # {(task, label, seed): [curve, ...]}
     for folder in folders:
         for path in sorted(pathlib.Path(folder).rglob("*.csv")):
             beside = [path.with_name("config.json"), path.with_suffix(".json")]
             config = next((file for file in beside if file.exists()), None)
             curve = read(path) if config else {}
-            if curve and path.parent.name != without:
+            if curve:
                 saved = json.loads(config.read_text())
                 sittings = [saved["versions"], *saved.get("resumed", [])]
                 preset = {"td3": "default"}.get(saved["preset"], saved["preset"])  # its old name
-                preset = saved.get("variant") or preset
-                curve |= {"preset": preset, "path": path}
+                curve |= {"label": saved.get("variant") or preset, "path": path}
                 curve["commits"] = {sitting["commit"][:7] for sitting in sittings}
                 run = saved["run"]
-                seeds.setdefault((run["env"], preset, run["seed"]), []).append(curve)
+                seeds.setdefault((run["env"], curve["label"], run["seed"]), []).append(curve)
     groups = {}
     for (task, _, seed), runs in seeds.items():
         *reruns, longest = sorted(runs, key=lambda run: run["step"][-1])
@@ -64,19 +64,19 @@ def curves(groups, path):
         sys.exit("plot: this needs matplotlib; pip install matplotlib")
     matplotlib.rcParams["svg.hashsalt"] = "hiro"
     tasks = [task for task in TASKS if task in groups] + sorted(groups.keys() - set(TASKS))
-    figure = matplotlib.figure.Figure((1 + 3.4 * len(tasks), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(tasks), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
+    others = sorted({run["label"] for runs in groups.values() for run in runs} - COLOURS.keys())
+    colours = COLOURS | {label: f"C{i}" for i, label in enumerate(others, 1)}
+    columns = min(len(tasks), 3)
+    rows = -(-len(tasks) // columns)
+    figure = matplotlib.figure.Figure((4.2 * columns, 2.8 * rows), layout="constrained")
+    for number, task in enumerate(tasks, 1):
+        axis = figure.add_subplot(rows, columns, number)
         name = "return" if task == "AntGather" else "success_rate"
-        notes = {}
-        variants = sorted({run["preset"] for run in groups[task]} - PRESETS.keys())
-        others = {variant: f"C{i}" for i, variant in enumerate(variants, 2)}
-        for preset, colour in (PRESETS | others).items():
-            runs = [run for run in groups[task] if run["preset"] == preset]
+        for label, colour in colours.items():
+            runs = [run for run in groups[task] if run["label"] == label]
             if runs:
-                notes[preset] = draw_seeds(axis, runs, name, colour, preset)
-        if variants:
-            axis.legend(fontsize=7, frameon=False)
+                draw_seeds(axis, runs, name, colour, label)
+        axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1.03))
         if task in PAPER:
             axis.axhline(PAPER[task], color=GREY, ls="--", lw=1.2)
             place = dict(transform=axis.get_yaxis_transform(), va="top", fontsize=8, color=GREY)
@@ -84,18 +84,10 @@ def curves(groups, path):
             axis.text(0.01, PAPER[task] - 0.015, label, **place)
         if name == "success_rate":
             axis.set_ylim(-0.03, 1.03)
-        commits = ", ".join(sorted(set.union(*(run["commits"] for run in groups[task]))))
-        place = dict(transform=axis.transAxes, ha="right", fontsize=7, color=GREY)
-        axis.text(1, 1.14, f"commit {commits}", **place)
-        axis.set_title(f"{task}\n", loc="left", fontsize=11, fontweight="bold")
-        if "default" in notes:
-            axis.text(
-                0, 1.03, notes["default"], transform=axis.transAxes, fontsize=9, color="#444444"
-            )
-        if "paper" in notes:
-            place = dict(transform=axis.transAxes, ha="right", fontsize=8, color=PRESETS["paper"])
-            behind = dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1)
-            axis.text(0.99, 0.06, f"preset paper: {notes['paper']}", bbox=behind, **place)
+        commits = sorted(set.union(*(run["commits"] for run in groups[task])))
+        place = dict(transform=axis.transAxes, va="bottom", fontsize=7, color=GREY)
+        axis.text(1.03, 0, "\n".join(["commits", *commits]), **place)
+        axis.set_title(task, loc="left", fontsize=11, fontweight="bold")
         axis.set_xlabel("million environment steps")
         axis.set_ylabel(name.replace("_", " "))
         axis.spines[["top", "right"]].set_visible(False)
@@ -104,7 +96,7 @@ def curves(groups, path):
 
 
 def draw_seeds(axis, runs, name, colour, label):
-    """Draw column `name` of the runs of one preset; returns how they fare, in words."""
+    """Draw column `name` of the runs with this label, which the legend gets with how they fare."""
 
     def draw(steps, values, **style):
         marker = "o" if len(steps) == 1 else None  # one point makes no line
@@ -117,10 +109,10 @@ def draw_seeds(axis, runs, name, colour, label):
     median = [
         np.median([r[name][r["step"] == s][0] for r in runs if s in r["step"]]) for s in steps
     ]
-    draw(steps, median, lw=2.4, label=label)
-    if name == "return":
-        return f"{len(runs)} seeds"
-    return f"{sum(solved(run[name]) for run in runs)} of {len(runs)} seeds solved"
+    fares = f"{len(runs)} seeds"
+    if name == "success_rate":
+        fares = f"{sum(solved(run[name]) for run in runs)} of {len(runs)} solved"
+    draw(steps, median, lw=2.4, label=f"{label}: {fares}")
 
 
 def solved(success_rate):
@@ -130,12 +122,18 @@ def solved(success_rate):
 
 
 def main(folders):
-    groups = find(folders) if folders else find([HERE], without="history")  # earlier settings
-    if not groups:
-        sys.exit(f"plot: no progress.csv with an evaluation below {', '.join(folders) or HERE}")
-    path = pathlib.Path(folders[0] if folders else HERE) / "curves.svg"
-    curves(groups, path)
-    print(path)
+    figures = {"curves.svg": folders}
+    if not folders:
+        figures["curves.svg"] = [HERE / task for task in TASKS]
+        figures["variants.svg"] = [HERE / "variants"]
+    for name, sources in figures.items():
+        path = pathlib.Path(folders[0] if folders else HERE) / name
+        groups = find(sources)
+        if not groups:
+            below = ", ".join(map(str, sources))
+            sys.exit(f"plot: no progress.csv with an evaluation below {below}")
+        curves(groups, path)
+        print(path)
 
 
 if __name__ == "__main__":

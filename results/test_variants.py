@@ -212,6 +212,7 @@ def test_a_representation_is_saved_with_its_policy(there, learn, tmp_path):
 
 AGENTS = {
     "no-correction": hiro.HIRO,
+    "own-subgoals": hiro.HIRO,
     "random-subgoals": hiro.HIRO,
     "pre-training": variants.PreTraining,
     "no-hierarchy": variants.NoHierarchy,
@@ -232,7 +233,8 @@ def test_each_row_is_one_command_and_goes_on_as_no_other(
     saved = json.loads((folder / "config.json").read_text())
     assert saved["variant"] == name
     assert saved["algorithm"]["correction"] == (name != "no-correction")
-    assert saved["algorithm"]["low_relabel"] == (1 if name == "random-subgoals" else 0.5)
+    shares = {"own-subgoals": 0, "random-subgoals": 1}
+    assert saved["algorithm"]["low_relabel"] == shares.get(name, 0.5)
     assert there.directions == (name in ("cosine", "feudal"))
     variants.main([name, "--resume", str(folder)])
     assert [type(agent) for agent in agents] == 2 * [AGENTS[name]]
@@ -265,7 +267,7 @@ def test_a_variant_must_be_named(capsys):
     for argv in ([], ["--env", "PointPush"]):
         with pytest.raises(SystemExit, match="2"):
             variants.main(argv)
-        assert "name a variant first: no-correction, random" in capsys.readouterr().err
+        assert "name a variant first: no-correction, own" in capsys.readouterr().err
     variants.main(["--help"])
     explained = capsys.readouterr().out
     assert all(f"\n{name} " in explained for name in AGENTS)

@@ -3,6 +3,7 @@
 python results/variants.py NAME [flags of train.py]
 
 no-correction    the high level learns from subgoals as they were set
+own-subgoals     every low-level sample keeps its subgoal (HIRO as published; ours: half do)
 random-subgoals  every low-level sample is given another one's subgoal
 pre-training     the low level learns alone, on Gaussian subgoals, until --high-uniform-steps (the
                  paper: 2e6), and then no more
@@ -304,6 +305,7 @@ class FeUdal(TransitionPolicyGradient, Directions, Representation):
 
 VARIANTS = {  # name: the agent, flags
     "no-correction": (HIRO, ["--no-correction"]),
+    "own-subgoals": (HIRO, ["--low-relabel=0"]),
     "random-subgoals": (HIRO, ["--low-relabel=1"]),
     "pre-training": (PreTraining, []),
     "no-hierarchy": (NoHierarchy, []),
