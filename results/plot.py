@@ -125,7 +125,8 @@ def main(folders):
     figures = {"curves.svg": folders}
     if not folders:
         figures["curves.svg"] = [HERE / task for task in TASKS]
-        figures["variants.svg"] = [HERE / "variants"]
+        if (HERE / "variants").exists():  # no such run has been made yet
+            figures["variants.svg"] = [HERE / "variants"]
     for name, sources in figures.items():
         path = pathlib.Path(folders[0] if folders else HERE) / name
         groups = find(sources)
