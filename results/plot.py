@@ -122,17 +122,15 @@ def solved(success_rate):
 
 
 def main(folders):
-    figures = {"curves.svg": folders}
-    if not folders:
-        figures["curves.svg"] = [HERE / task for task in TASKS]
-        if (HERE / "variants").exists():  # no such run has been made yet
-            figures["variants.svg"] = [HERE / "variants"]
-    for name, sources in figures.items():
-        path = pathlib.Path(folders[0] if folders else HERE) / name
-        groups = find(sources)
-        if not groups:
-            below = ", ".join(map(str, sources))
-            sys.exit(f"plot: no progress.csv with an evaluation below {below}")
+    if folders:
+        figures = {pathlib.Path(folders[0]) / "curves.svg": folders}
+    else:
+        figures = {HERE / "curves.svg": [HERE / task for task in TASKS]}
+        figures[HERE / "variants.svg"] = [HERE / "variants"]
+    found = {path: groups for path, sources in figures.items() if (groups := find(sources))}
+    if not found:
+        sys.exit(f"plot: no progress.csv with an evaluation below {', '.join(folders) or HERE}")
+    for path, groups in found.items():
         curves(groups, path)
         print(path)
 
