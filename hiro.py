@@ -246,7 +246,8 @@ class HIRO:
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self._make_learners(task)
-        actors = self.low.actor, self.high.actor
+        # Differs 13: the target actor, a mean over updates; what the last few say sways the ant
+        actors = self.low.actor, self.high.actor_target
         numbers = self.config.subgoal_steps, task.state_dim, task.low_blind
         self.policy = self.policy_class(*actors, *numbers)
         self._make_buffers(task, num_envs)
@@ -337,7 +338,7 @@ class HIRO:
 
         fresh  [N]  which of them will be used
         """
-        own = self._explore(self.high.act(obs), self.high, self.high_noise)
+        own = self._explore(self.policy.high(obs), self.high, self.high_noise)
         share, length = self.config.high_random, self.config.high_random_length
         if self.steps < self.config.high_uniform_steps:
             share = length = 1

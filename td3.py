@@ -42,10 +42,11 @@ def flatten(module):
 
 
 class Actor(nn.Module):
-    """Deterministic policy: state -> max_action * tanh(net(state)).
+    """Deterministic policy: state [..., >= S] -> max_action * tanh(net(state)) [..., A].
 
     max_action   [A]  half-range of each action dimension
-    state_scale  [S]  factor on each network input; 1 shows the network raw numbers
+    state_scale  [S]  factor on each network input, 1 shows the network raw numbers; what a state
+                      has behind them is for critics
     """
 
     def __init__(self, max_action, state_scale, hidden=300):
@@ -59,7 +60,7 @@ class Actor(nn.Module):
         return self.max_action * torch.tanh(self.before_tanh(state))
 
     def before_tanh(self, state):
-        return self.net(state * self.state_scale)
+        return self.net(state[..., : len(self.state_scale)] * self.state_scale)
 
 
 class Critic(nn.Module):
@@ -156,21 +157,12 @@ class TD3:
         self.updates = 0
 
     @torch.no_grad()
-    def act(self, state):
-        """The policy's action, without noise: state [..., S] -> [..., A]."""
-        return self.actor(self._seen(state))
-
-    def _seen(self, state):
-        """What the actor sees of a state."""
-        return state[..., : len(self.actor.state_scale)]
-
-    @torch.no_grad()
     def target_q(self, reward, next_state, terminated):
         """y = r + gamma (1 - terminated) min(Q1', Q2')(s', pi'(s') + clipped noise), <= max_q.
 
         Only termination stops the bootstrap; a time limit is no termination.
         """
-        action = self.actor_target(self._seen(next_state))
+        action = self.actor_target(next_state)
         noise = torch.randn(action.shape, generator=self.generator, device=action.device)
         noise = (noise * self.policy_noise).clamp(-self.noise_clip, self.noise_clip)
         # clipped to the range, as in TD3; in the authors' code it is not
@@ -200,7 +192,7 @@ class TD3:
 
         if self.updates % self.policy_delay == 0:  # the authors' Adam steps in between, on zeros
             self.critic.requires_grad_(False)  # the actor's gradient passes through, nothing stays
-            before = self.actor.before_tanh(self._seen(batch["state"]))
+            before = self.actor.before_tanh(batch["state"])
             action = self.max_action * torch.tanh(before)
             actor_loss = -self.critic.q1(batch["state"], action).mean()
             actor_loss = actor_loss + self.squash_cost * (before**2).mean()

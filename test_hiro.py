@@ -219,7 +219,7 @@ def test_updates_equal_a_naive_td3__2_1():
         for part, network in zip(parts, naive, strict=True):
             found, wanted = getattr(td3, part).parameters(), network.parameters()
             torch.testing.assert_close(list(found), list(wanted), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(td3.act(batch["state"]), mu(actor, batch["state"]))
+    torch.testing.assert_close(td3.actor(batch["state"]), mu(actor, batch["state"]))
 
 
 def test_update_takes_boolean_flags_and_refuses_what_would_broadcast():
@@ -249,7 +249,7 @@ def test_networks_have_the_paper_s_shape_and_initialisation__C_1():
     assert_same(td3.critic.state_dict(), td3.critic_target.state_dict())
     assert Actor(high, [1.0]).net[0].out_features == 300
     assert Critic([1.0], high).net1[0].out_features == 300
-    assert 29 < td3.act(1e6 * randn(100, 43)).abs().max() <= 30
+    assert 29 < td3.actor(1e6 * randn(100, 43)).abs().max() <= 30
     td3.actor.max_action[:] = 1.0  # the range is a copy, of the caller's and for each network
     assert (high == 30).all() and (td3.actor_target.max_action == 30).all()
 
@@ -302,8 +302,8 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
     changes = dict(subgoal_steps=c, start_steps=10**6, exploration_noise=0.0)
     changes |= dict(low_reward_scale=0.5, high_reward_scale=0.1)
     agent = HIRO(ClockTask, small(**changes), num_envs)
-    for level in agent.low, agent.high:
-        stir(level.actor)
+    low_actor, high_actor = agent.low.actor, agent.high.actor_target
+    stir(low_actor), stir(high_actor)
     learn(agent, 70 * num_envs, ClockTask)
     low, high = agent.low_buffer.rows(), agent.high_buffer.rows()
     logs = ClockTask.logs[:num_envs]  # not of the evaluation after them
@@ -327,10 +327,10 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
             steps.append(log[t])
             if len(steps) == c or terminated or next_obs[0] == 20:  # full, terminated or cut off
                 segments.append((t, i, first, steps))
-    # without noise they are the actors' own answers to what they are stored with
+    # without noise they are these actors' own answers to what they are stored with
     seen = torch.cat([low["state"][:, 2:], low["subgoal"]], 1)
-    torch.testing.assert_close(low["action"], agent.low.act(seen))
-    torch.testing.assert_close(high["subgoal"], agent.high.act(high["state"]))
+    torch.testing.assert_close(low["action"], low_actor(seen).detach())
+    torch.testing.assert_close(high["subgoal"], high_actor(high["state"]).detach())
 
     assert len(high["reward"]) == len(segments)
     assert {len(steps) for *_, steps in segments} > {c}, "some segments must be short"
@@ -389,7 +389,7 @@ def test_random_subgoals_stay_the_same_for_a_while(uniform_steps, share, kept):
     few = small(high_uniform_steps=uniform_steps, **changes)
     agent = HIRO(tasks.PointMaze, few, num_envs=N)
     obs, fresh = randn(N, 7), torch.arange(N) % 4 > 0
-    own, before, random = agent.high.act(obs), torch.zeros(N, 2), None
+    own, before, random = agent.policy.high(obs), torch.zeros(N, 2), None
     for agent.steps in range(16):  # .75^15 is .01: what is drawn now does not know of the start
         was_random, subgoal = random, agent.high_action(obs, fresh)
         random = (subgoal != own).all(1)
@@ -574,7 +574,7 @@ def test_nothing_but_the_high_level_s_critic_sees_the_block(learn):
     torch.testing.assert_close(agent.high.critic.scale[-4:], scale)
     with_block, state = high["state"], high["state"].clone()
     state[:, 7:] += 1
-    assert torch.equal(agent.high.act(state), agent.policy.high(with_block[:, :7]))
+    assert torch.equal(agent.policy.high(state), agent.policy.high(with_block[:, :7]))
     values = [agent.high.critic.q1(each, high["subgoal"]) for each in (state, with_block)]
     assert not torch.equal(*values)
     agent = HIRO(tasks.PointPush, small(privileged_critic=False))
@@ -599,7 +599,7 @@ def test_a_loaded_agent_goes_on_the_same_and_the_state_stays_the_caller_s(learn)
 
 def test_a_saved_policy_asks_the_high_level_every_c_steps_and_follows_h_between__3_1(tmp_path):
     agent = HIRO(tasks.PointMaze, small(subgoal_steps=4, hidden=12))
-    low, high = agent.low.actor, agent.high.actor
+    low, high = agent.low.actor, agent.high.actor_target
     saved, path = {}, tmp_path / "policy.pt"
     for seed, which in enumerate(("best", "latest")):  # training goes on between
         stir(low, seed=seed), stir(high, seed=seed)

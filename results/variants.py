@@ -246,10 +246,6 @@ class SeeingTD3(TD3):
         self.sight_weights = [flatten(part) for part in (self.sight, self.sight_target)]
         self.sight_optimizer = torch.optim.Adam(sight.parameters(), critic_lr)
 
-    @torch.no_grad()
-    def act(self, state):
-        return super().act(self.sight(state))
-
     def update(self, batch):
         view, next_view = self.sight(batch["state"]), self.sight_target(batch["next_state"])
         target = self.target_q(batch["reward"], next_view, batch["terminated"])
@@ -281,7 +277,7 @@ class Representation(HIRO):
         changed = {"subgoal_scale": np.ones_like(task.subgoal_scale), "low_blind": 0}
         super().__init__(type(task.__name__, (task,), changed), config, num_envs, seed, device)
         sight = self.high.sight
-        self.policy.high, space.embed = SeeingActor(sight, self.high.actor), sight.embed
+        self.policy.high, space.embed = SeeingActor(sight, self.high.actor_target), sight.embed
 
     def _make_learners(self, task):
         only_in_range_units(self.config)
