@@ -246,8 +246,8 @@ class HIRO:
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self._make_learners(task)
-        # Differs 13: the target actor, a mean over updates; what the last few say sways the ant
-        actors = self.low.actor, self.high.actor_target
+        # Differs 13: the target actors, means over updates; what the last few say sways the ant
+        actors = self.low.actor_target, self.high.actor_target
         numbers = self.config.subgoal_steps, task.state_dim, task.low_blind
         self.policy = self.policy_class(*actors, *numbers)
         self._make_buffers(task, num_envs)

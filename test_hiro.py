@@ -302,7 +302,7 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
     changes = dict(subgoal_steps=c, start_steps=10**6, exploration_noise=0.0)
     changes |= dict(low_reward_scale=0.5, high_reward_scale=0.1)
     agent = HIRO(ClockTask, small(**changes), num_envs)
-    low_actor, high_actor = agent.low.actor, agent.high.actor_target
+    low_actor, high_actor = agent.low.actor_target, agent.high.actor_target
     stir(low_actor), stir(high_actor)
     learn(agent, 70 * num_envs, ClockTask)
     low, high = agent.low_buffer.rows(), agent.high_buffer.rows()
@@ -464,10 +464,10 @@ def test_correction_asks_today_s_low_level_with_the_agent_s_settings__3_3():
     args += torch.tensor([5.0, 5.0]), batch["mask"], 3
 
     def today(state, subgoal):
-        return agent.low.actor(torch.cat([state[..., 2:], subgoal], -1))
+        return agent.low.actor_target(torch.cat([state[..., 2:], subgoal], -1))
 
     for seed in range(2):
-        stir(agent.low.actor, seed=seed)
+        stir(agent.low.actor_target, seed=seed)
         generator = agent.generator.clone_state()
         subgoal, index = relabel.relabel(today, *args, generator=generator)
         assert_same(agent.correct(batch), (subgoal, index))
@@ -599,7 +599,7 @@ def test_a_loaded_agent_goes_on_the_same_and_the_state_stays_the_caller_s(learn)
 
 def test_a_saved_policy_asks_the_high_level_every_c_steps_and_follows_h_between__3_1(tmp_path):
     agent = HIRO(tasks.PointMaze, small(subgoal_steps=4, hidden=12))
-    low, high = agent.low.actor, agent.high.actor_target
+    low, high = agent.low.actor_target, agent.high.actor_target
     saved, path = {}, tmp_path / "policy.pt"
     for seed, which in enumerate(("best", "latest")):  # training goes on between
         stir(low, seed=seed), stir(high, seed=seed)
