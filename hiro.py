@@ -96,8 +96,8 @@ class HIROConfig:
     privileged_critic: bool = option(
         True, "in training the high level's critic sees what the state leaves out: blocks"
     )
-    # Differs 8: tanh passes no gradient back from a corner of the range
-    squash_cost: float = option(0.01, "factor on an actor's mean square before tanh, in its loss")
+    # Differs 8: tanh passes no gradient back from a corner; what Q leaves open is to be near 0
+    squash_cost: float = option(0.005, "factor on the squares of an actor's outputs before tanh")
     # Differs 10: where a state lasts, the actor's errors add up at every bootstrap, without end
     clip_targets: bool = option(
         True, "no target of the high level's critics is above what a return can be"

@@ -99,8 +99,9 @@ class TD3:
     tau                targets move by this fraction at every delayed update
     policy_noise  [A]  std of the target policy smoothing; noise_clip [A] its clip
     policy_delay       actor and targets are updated at every policy_delay-th call
-    squash_cost        factor on the mean square of the actor's outputs before tanh, in its loss:
-                       keeps it where tanh has a slope (Andrychowicz et al. 2017, appendix A)
+    squash_cost        factor on the squares of the actor's outputs before tanh, in its loss: keeps
+                       it where tanh has a slope (Andrychowicz et al. 2017, appendix A), and near 0
+                       what makes no difference to Q
     max_q              what no return can be above: targets are clipped to it (same appendix), as
                        where a state lasts the actor's errors add up at every bootstrap
     generator          source of the smoothing noise (default: torch's global one)
@@ -195,7 +196,7 @@ class TD3:
             before = self.actor.before_tanh(batch["state"])
             action = self.max_action * torch.tanh(before)
             actor_loss = -self.critic.q1(batch["state"], action).mean()
-            actor_loss = actor_loss + self.squash_cost * (before**2).mean()
+            actor_loss = actor_loss + self.squash_cost * (before**2).sum(-1).mean()
             self.actor_optimizer.zero_grad(set_to_none=False)
             actor_loss.backward()
             self.actor_optimizer.step()
