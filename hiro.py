@@ -97,7 +97,7 @@ class HIROConfig:
         True, "in training the high level's critic sees what the state leaves out: blocks"
     )
     # Differs 8: tanh passes no gradient back from a corner; what Q leaves open is to be near 0
-    squash_cost: float = option(0.005, "factor on the squares of an actor's outputs before tanh")
+    squash_cost: float = option(0.01, "factor on the squares of an actor's outputs before tanh")
     # Differs 10: where a state lasts, the actor's errors add up at every bootstrap, without end
     clip_targets: bool = option(
         True, "no target of the high level's critics is above what a return can be"

@@ -522,7 +522,7 @@ DEFAULT = {
     **dict(low_reward_scale=0.1, high_reward_scale=None, high_update_every=3),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, low_relabel=0.5, high_random=0.2, high_random_length=4),
-    **dict(privileged_critic=True, squash_cost=0.005, clip_targets=True),
+    **dict(privileged_critic=True, squash_cost=0.01, clip_targets=True),
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", exploration_noise=1.0),

@@ -239,8 +239,8 @@ def test_each_row_is_one_command_and_goes_on_as_no_other(
     variants.main([name, "--resume", str(folder)])
     assert [type(agent) for agent in agents] == 2 * [AGENTS[name]]
     assert AGENTS.keys() == variants.VARIANTS.keys()
-    costs = {"no-hierarchy": 0.0005, "cosine": 0, "feudal": 0}  # where an action is worth less
-    assert agents[0].low.squash_cost == costs.get(name, 0.005)
+    costs = {"no-hierarchy": 0.001, "cosine": 0, "feudal": 0}  # where an action is worth less
+    assert agents[0].low.squash_cost == costs.get(name, 0.01)
     assert is_there() == (name in ("representation", "cosine", "feudal"))
     with pytest.raises(SystemExit, match="2"):
         train.main(["--resume", str(folder)])
