@@ -5,7 +5,7 @@ is one flat vector, [state, task features]; a subgoal is a change of the first e
 What HIRO must know of a task stands in its class attributes:
 
     state_dim          entries of the state at the front of the observation
-    subgoal_scale [d]  half-range of each subgoal dimension (m, m, m, quaternion, rad)
+    max_subgoal [d]    half-range of each subgoal dimension (m, m, m, quaternion, rad)
     action_dim         entries of an action
     low_blind          entries at the front of the state that the low level never sees (x and y)
     observation_scale  [obs] factor on each observation entry for the networks: metres, radians,
@@ -13,11 +13,11 @@ What HIRO must know of a task stands in its class attributes:
     privileged_dim     entries that privileged=True appends to an observation: what the state leaves
                        out and the high level's critic sees in training
     action_unit        what action 1.0 means: torque (ant) or m/s (point)
-    reward_scale       factor that brings the high level's Q, the discounted return, to order one
+    high_reward_scale  factor that brings the high level's Q, the discounted return, to order one
     max_return         what no discounted return can be above, unscaled (0: rewards never are)
     score              what makes one policy better than another: success_rate or return
     total_steps        environment steps of one training run
-    random_subgoals    environment steps at its start with uniformly random subgoals, until the
+    high_uniform_steps environment steps at its start with uniformly random subgoals, until the
                        low level goes where it is told
 """
 
@@ -32,6 +32,7 @@ CELL = 8.0  # side of a maze cell, m
 WALL = 4.0  # height of walls, platforms and blocks, m
 BOX = mujoco.mjtGeom.mjGEOM_BOX
 SLIDE = mujoco.mjtJoint.mjJNT_SLIDE
+ANT_SCALE = [1.0] * 15 + [0.2] * 14 + [1.0]  # observation_scale of an ant's state
 PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION  # all that the next mj_step depends on
 
 
@@ -51,18 +52,17 @@ class AntMaze(gymnasium.Env):
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": 10}
 
     state_dim = 30
-    subgoal_scale = np.array([10, 10, 0.5, 1, 1, 1, 1] + [0.5, 0.3] * 4, np.float32)  # C.1
+    max_subgoal = np.array([10, 10, 0.5, 1, 1, 1, 1] + [0.5, 0.3] * 4, np.float32)  # C.1
     action_dim = 8
     low_blind = 2
-    state_scale = np.array([1.0] * 15 + [0.2] * 14 + [1.0], np.float32)
-    observation_scale = np.append(state_scale, [1.0, 1.0]).astype(np.float32)
+    observation_scale = np.append(ANT_SCALE, [1.0, 1.0]).astype(np.float32)
     privileged_dim = 0
     action_unit = 30.0
-    reward_scale = 0.0003
+    high_reward_scale = 0.0003
     max_return = 0.0
     score = "success_rate"
     total_steps = 10_000_000
-    random_subgoals = 300_000
+    high_uniform_steps = 300_000
 
     maze = """
         # # # # #
@@ -96,7 +96,7 @@ class AntMaze(gymnasium.Env):
     # ------------------------------------------------------------------ the world
 
     def _robot(self):
-        """The rllab ant: gymnasium's asset with the differences applied."""
+        """The rllab ant: gymnasium's, with rllab's time step, gears and torques."""
         assets = os.path.join(os.path.dirname(gymnasium.__file__), "envs", "mujoco", "assets")
         spec = mujoco.MjSpec.from_file(os.path.join(assets, "ant.xml"))
         spec.option.timestep = 0.02
@@ -247,9 +247,6 @@ class AntMaze(gymnasium.Env):
         self.target = np.array(state["target"])
         self.np_random.bit_generator.state = state["random"]
 
-    # for the get_attr and set_attr of vector copies; a subclass's own methods are called
-    snapshot = property(lambda self: self.get_state(), lambda self, state: self.set_state(state))
-
     def render(self):
         if self.render_mode is None:
             gymnasium.logger.warn("render() needs an environment made with a render_mode.")
@@ -275,10 +272,7 @@ class AntMaze(gymnasium.Env):
         distance = 1.3 * (high - low).max() * max(1, self.height / self.width)
         centre = np.array([*(low + high) / 2, 0.0])
         camera = {"lookat": centre, "distance": distance, "elevation": -75, "azimuth": 90}
-        renderer = MujocoRenderer(self.model, self.data, camera, self.width, self.height)
-        if self.render_mode == "human":
-            end_with_window(renderer._get_viewer("human"))
-        return renderer
+        return MujocoRenderer(self.model, self.data, camera, self.width, self.height)
 
     def _paint(self):
         """Light and colours in which robot, floor, walls, blocks and markers can be told apart."""
@@ -343,7 +337,7 @@ class AntFall(AntMaze):
     observation  [33]  as AntMaze, with a target in three dimensions, (0, 27, 4.5) always
     """
 
-    observation_scale = np.append(AntMaze.state_scale, np.ones(3)).astype(np.float32)
+    observation_scale = np.append(ANT_SCALE, np.ones(3)).astype(np.float32)
     # Differs 12: the block at x = +8, where the maze needs it; the paper's text has -8
     maze = """
         # # # #
@@ -355,7 +349,6 @@ class AntFall(AntMaze):
     target_low = None
     eval_target = (0.0, 27.0, 4.5)
     privileged_dim = 2  # along y and z
-    random_subgoals = 700_000  # an ant that walks .35 m/s, as after 300,000, has no time to cross
 
 
 class AntGather(AntMaze):
@@ -366,13 +359,14 @@ class AntGather(AntMaze):
     info               distance is to the nearest apple (m), is_success says that none is left
     """
 
-    observation_scale = np.append(AntMaze.state_scale, np.ones(20)).astype(np.float32)
-    reward_scale = 0.3
+    observation_scale = np.append(ANT_SCALE, np.ones(20)).astype(np.float32)
+    high_reward_scale = 0.3
     score = "return"
     maze = "\nR"
     num_each = 8
     max_return = num_each  # all apples at once
-    bins, reach = 10, 6.0  # Differs 11: the paper gives neither the readings nor the cost of dying
+    # Differs 11: the paper gives neither the readings nor the cost of dying
+    bins, sensor_range = 10, 6.0
 
     def _add_scenery(self, spec):
         for x, y in ((-11, 0), (11, 0), (0, -11), (0, 11)):
@@ -408,9 +402,9 @@ class AntGather(AntMaze):
         sector = ((bearing + np.pi) % (2 * np.pi) / (2 * np.pi / self.bins)).astype(int)
         readings = np.zeros((2, self.bins))
         for i in np.argsort(-distance):  # far to near, so that the nearest is what remains
-            if distance[i] <= self.reach:
+            if distance[i] <= self.sensor_range:
                 kind = 0 if self.values[i] > 0 else 1
-                readings[kind, min(sector[i], self.bins - 1)] = 1 - distance[i] / self.reach
+                readings[kind, min(sector[i], self.bins - 1)] = 1 - distance[i] / self.sensor_range
         return np.concatenate([self._state(), readings.ravel()]).astype(np.float32)
 
     def task_markers(self):
@@ -438,11 +432,11 @@ class PointMaze(AntMaze):
 
     state_dim = 5
     action_dim = 2
-    subgoal_scale = np.array([5, 5], np.float32)
+    max_subgoal = np.array([5, 5], np.float32)
     observation_scale = np.array([1, 1, 0.2, 0.2, 1, 1, 1], np.float32)
     action_unit = 4.0
     total_steps = 100_000
-    random_subgoals = 20_000
+    high_uniform_steps = 20_000
     max_steps = 300
     radius, force = 0.4, 80.0  # m; N at the most, what full speed asks for from rest
 
@@ -487,26 +481,6 @@ def add_box(body, pos, half=CELL / 2, **geom):
     return body.add_geom(
         type=BOX, pos=pos, size=(half, half, WALL / 2), contype=1, conaffinity=1, **geom
     )
-
-
-class WindowClosed(Exception):
-    """Someone closed the window of an environment, or pressed Esc in it."""
-
-
-def end_with_window(viewer):
-    """Raise WindowClosed out of render(): gymnasium destroys the window, and goes on using it."""
-    import glfw
-
-    def close(*_):
-        raise WindowClosed("the window was closed")
-
-    def press(window, key, *rest):
-        if key == glfw.KEY_ESCAPE:
-            close()
-        viewer._key_callback(window, key, *rest)
-
-    glfw.set_window_close_callback(viewer.window, close)
-    glfw.set_key_callback(viewer.window, press)
 
 
 TASKS = {

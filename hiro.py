@@ -66,9 +66,9 @@ class HIROConfig:
     batch_size: int = option(100, "transitions per gradient step, both levels", 1)
     hidden: int = option(300, "units in each of the two hidden layers (C.1)", 1)
     # Differs 2: all noise in fractions of the range
-    exploration_noise: float = option(0.2, "sigma: exploration, both levels (C.2)")
-    policy_noise: float = option(0.2, "std of the target policy smoothing, both levels")
-    noise_clip: float = option(0.5, "clip of the target policy smoothing, both levels")
+    exploration_noise: float = option(0.2, "sigma of exploration, in --units (C.2)")
+    policy_noise: float = option(0.2, "std of the target policy smoothing, in --units")
+    noise_clip: float = option(0.5, "clip of the target policy smoothing, in --units")
     policy_delay: int = option(2, "critic updates per update of actor and targets", 1)
     # Differs 4: the low level's step sizes
     low_actor_lr: float = option(3e-4, "Adam step size (C.2)", TINY)
@@ -108,13 +108,9 @@ class HIROConfig:
     num_candidates: int = option(10, "candidates per relabelled subgoal, 2 fixed + random (C.3)", 2)
 
     def for_task(self, task):
-        """This configuration with what it leaves to the task filled in."""
-        of_task = {
-            "high_reward_scale": task.reward_scale,
-            "high_uniform_steps": task.random_subgoals,
-        }
-        unset = {name: value for name, value in of_task.items() if getattr(self, name) is None}
-        return replace(self, **unset)
+        """This configuration, with the task's own values where it has none."""
+        unset = [name for name, value in vars(self).items() if value is None]
+        return replace(self, **{name: getattr(task, name) for name in unset})
 
 
 PRESETS = {
@@ -157,7 +153,7 @@ class Policy:
     NUMBERS = ("subgoal_steps", "state_dim", "low_blind")
 
     def __init__(self, low, high, subgoal_steps, state_dim, low_blind):
-        self.low, self.high = low, high  # actors; td3 may train them meanwhile
+        self.low, self.high = low, high  # actors, which training may go on changing
         self.subgoal_steps, self.state_dim, self.low_blind = subgoal_steps, state_dim, low_blind
         self.reset()
 
@@ -240,13 +236,13 @@ class HIRO:
         self.config = (config or HIROConfig()).for_task(task)
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.subgoal_scale = torch.tensor(task.subgoal_scale, device=self.device).float()
+        self.max_subgoal = torch.tensor(task.max_subgoal, device=self.device).float()
         # entries that an observation in training has at its end, besides what policies see
         self.privileged_dim = task.privileged_dim if self.config.privileged_critic else 0
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self._make_learners(task)
-        # Differs 13: the target actors, means over updates; what the last few say sways the ant
+        # Differs 13: target actors; the online ones change too much from update to update
         actors = self.low.actor_target, self.high.actor_target
         numbers = self.config.subgoal_steps, task.state_dim, task.low_blind
         self.policy = self.policy_class(*actors, *numbers)
@@ -255,7 +251,7 @@ class HIRO:
 
     def _make_learners(self, task):
         """Two TD3s, and how far each explores, in the units that its networks see."""
-        config, reach = self.config, self.subgoal_scale.cpu()
+        config, reach = self.config, self.max_subgoal.cpu()
         seen = torch.tensor(task.observation_scale).float()
         low_seen = torch.cat([seen[task.low_blind : task.state_dim], 1 / reach])
         one = torch.ones(task.action_dim)  # the half-range of actions
@@ -296,7 +292,7 @@ class HIRO:
 
     def _make_buffers(self, task, num_envs):
         """What each level remembers (3.1), and the high level's transitions under way."""
-        config, d, c = self.config, len(self.subgoal_scale), self.config.subgoal_steps
+        config, d, c = self.config, len(self.max_subgoal), self.config.subgoal_steps
         seen = len(task.observation_scale) + self.privileged_dim  # by the high level's critic
         kwargs = dict(device=self.device, generator=self.generator)
         low_fields = {
@@ -331,10 +327,11 @@ class HIRO:
     def high_action(self, obs, fresh):
         """g_t [N, d]: mu^hi(s_t, target) with noise, clipped, or a uniformly random subgoal.
 
-        Differs 3: until high_uniform_steps always random, drawn anew each time: the low level's
-        school. Then a coin says which, tossed in one segment of high_random_length on average;
-        until its next toss a random subgoal is set again, into the next episode too, to lead where
-        no single one does.
+        Differs 3: until high_uniform_steps always a new random one, from which the low level
+        learns to walk. After that the choice between the two is made anew with probability 1 /
+        high_random_length, and then falls on a random one with probability high_random. Until the
+        next choice that one is set again and again, across episodes too: it leads where no single
+        one does.
 
         fresh  [N]  which of them will be used
         """
@@ -419,9 +416,9 @@ class HIRO:
 
     @property
     def high_learns(self):
-        """Differs 3: only once its subgoals are its own.
+        """Differs 3: not while all subgoals are random.
 
-        A low level that follows none yet drove its actor to a corner of the range (before item 8).
+        Learning from a low level that follows none saturated its actor (before item 8).
         """
         return self.steps > self.config.high_uniform_steps
 

@@ -11,24 +11,26 @@ Pure functions. Shapes: B batch, K candidates, c steps, d subgoal dimensions, S 
 import torch
 
 
-def candidate_subgoals(state, next_state, subgoal, scale, num_random=8, spread=0.5, generator=None):
+def candidate_subgoals(
+    state, next_state, subgoal, max_subgoal, num_random=8, spread=0.5, generator=None
+):
     """Candidates for one segment each (sections 3.3, C.3).
 
     state       [B, >= d]  s_t, raw
     next_state  [B, >= d]  s_{t+c}, the state after the segment's last action
     subgoal     [B, d]     g_t, what the high level asked for
-    scale       [d]        half-range of the subgoals
-    spread                 the random candidates' standard deviation is spread * scale
+    max_subgoal [d]        half-range of the subgoals
+    spread                 the random candidates' standard deviation is spread * max_subgoal
     returns     [B, 2 + num_random, d]  0 the original, 1 the difference, then the random ones;
-                           all clipped to ±scale
+                           all clipped to ±max_subgoal
     """
     batch, dims = subgoal.shape
     difference = next_state[:, :dims] - state[:, :dims]
     shape = batch, num_random, dims
     noise = torch.randn(shape, generator=generator, device=subgoal.device)
-    random = difference[:, None] + spread * scale * noise
+    random = difference[:, None] + spread * max_subgoal * noise
     candidates = torch.cat([subgoal[:, None], difference[:, None], random], 1)
-    return candidates.clamp(-scale, scale)
+    return candidates.clamp(-max_subgoal, max_subgoal)
 
 
 def subgoal_sequences(states, candidates):
@@ -65,7 +67,7 @@ def relabel(
     actions,
     subgoal,
     next_state,
-    scale,
+    max_subgoal,
     mask=None,
     num_random=8,
     generator=None,
@@ -75,7 +77,7 @@ def relabel(
     returns  subgoal [B, d], index [B] of the chosen candidate (0: the original, clipped)
     """
     candidates = candidate_subgoals(
-        states[:, 0], next_state, subgoal, scale, num_random, generator=generator
+        states[:, 0], next_state, subgoal, max_subgoal, num_random, generator=generator
     )
     sequences = subgoal_sequences(states, candidates)
     index = log_likelihood(policy, states, actions, sequences, mask).argmax(1)

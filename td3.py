@@ -45,8 +45,8 @@ class Actor(nn.Module):
     """Deterministic policy: state [..., >= S] -> max_action * tanh(net(state)) [..., A].
 
     max_action   [A]  half-range of each action dimension
-    state_scale  [S]  factor on each network input, 1 shows the network raw numbers; what a state
-                      has behind them is for critics
+    state_scale  [S]  factor on each network input; 1 shows the network raw numbers. Entries of a
+                      state behind the first S are for critics, and not looked at
     """
 
     def __init__(self, max_action, state_scale, hidden=300):
@@ -102,8 +102,8 @@ class TD3:
     squash_cost        factor on the squares of the actor's outputs before tanh, in its loss: keeps
                        it where tanh has a slope (Andrychowicz et al. 2017, appendix A), and near 0
                        what makes no difference to Q
-    max_q              what no return can be above: targets are clipped to it (same appendix), as
-                       where a state lasts the actor's errors add up at every bootstrap
+    max_q              upper bound of every return; targets are clipped to it (same appendix), as
+                       otherwise overestimates grow at every bootstrap in states without an exit
     generator          source of the smoothing noise (default: torch's global one)
     """
 

@@ -694,18 +694,18 @@ def make(name, **kwargs):
 
 
 STATE = 15 * [1] + 14 * [0.2] + [1]
-ANT = dict(state_dim=30, action_dim=8, low_blind=2, subgoal_scale=ANT_RANGE, action_unit=30)
-ANT |= dict(max_steps=500, total_steps=10**7, random_subgoals=300_000, score="success_rate")
-ANT |= dict(reward_scale=3e-4, max_return=0, observation_scale=STATE + [1, 1])
-POINT = dict(state_dim=5, action_dim=2, low_blind=2, subgoal_scale=[5, 5], action_unit=4)
-POINT |= dict(max_steps=300, total_steps=10**5, random_subgoals=20_000, score="success_rate")
-POINT |= dict(reward_scale=3e-4, max_return=0, observation_scale=[1, 1, 0.2, 0.2, 1, 1, 1])
+ANT = dict(state_dim=30, action_dim=8, low_blind=2, max_subgoal=ANT_RANGE, action_unit=30)
+ANT |= dict(max_steps=500, total_steps=10**7, high_uniform_steps=300_000, score="success_rate")
+ANT |= dict(high_reward_scale=3e-4, max_return=0, observation_scale=STATE + [1, 1])
+POINT = dict(state_dim=5, action_dim=2, low_blind=2, max_subgoal=[5, 5], action_unit=4)
+POINT |= dict(max_steps=300, total_steps=10**5, high_uniform_steps=20_000, score="success_rate")
+POINT |= dict(high_reward_scale=3e-4, max_return=0, observation_scale=[1, 1, 0.2, 0.2, 1, 1, 1])
 ATTRIBUTES = {
     "AntMaze": ANT,
     "AntPush": ANT,
-    "AntFall": dict(ANT, observation_scale=STATE + [1, 1, 1], random_subgoals=700_000),
+    "AntFall": dict(ANT, observation_scale=STATE + [1, 1, 1]),
     "AntGather": dict(
-        ANT, observation_scale=STATE + 20 * [1], reward_scale=0.3, max_return=8, score="return"
+        ANT, observation_scale=STATE + 20 * [1], high_reward_scale=0.3, max_return=8, score="return"
     ),
     "PointMaze": POINT,
     "PointPush": dict(POINT, action_unit=2, total_steps=150_000),

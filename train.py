@@ -35,14 +35,14 @@ def train(agent, run):
         agent.remember_segment(clock, obs, subgoal, action, reward, next_obs, terminated, ended)
 
         for update in agent.due_updates(run.num_envs):  # one for each environment step (C.2)
-            run.count("low", agent.update_low())
+            run.add_metrics("low", agent.update_low())
             if update % agent.config.high_update_every == 0 and agent.high_learns:
-                run.count("high", agent.update_high())  # relabels its batch first (3.3)
+                run.add_metrics("high", agent.update_high())  # relabels its batch first (3.3)
 
         obs, subgoal = run.reset_done(next_obs, done), next_subgoal
         clock = (clock + 1).masked_fill(ended, 0)
 
-        run.look()
+        run.check()
         if run.due(run.eval_every):
             with run.untimed():
                 results = evaluate(agent.policy, run.eval_envs, run.eval_episodes, run.eval_seed)

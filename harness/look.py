@@ -61,7 +61,7 @@ class Viewer:
 
     def __exit__(self, kind, error, traceback):
         self.envs.close()
-        if isinstance(error, tasks.WindowClosed):
+        if isinstance(error, WindowClosed):
             print(error)
             return True
         if error and not isinstance(error, UserError) and is_graphics_error(error):
@@ -225,6 +225,26 @@ def frames_per_second(env):
     return env.metadata.get("render_fps", 10)
 
 
+class WindowClosed(Exception):
+    """Someone closed the window of an environment, or pressed Esc in it."""
+
+
+def end_with_window(viewer):
+    """Raise WindowClosed out of render(): gymnasium destroys the window, and goes on using it."""
+    import glfw
+
+    def close(*_):
+        raise WindowClosed("the window was closed")
+
+    def press(window, key, *rest):
+        if key == glfw.KEY_ESCAPE:
+            close()
+        viewer._key_callback(window, key, *rest)
+
+    glfw.set_window_close_callback(viewer.window, close)
+    glfw.set_key_callback(viewer.window, press)
+
+
 class Window:
     """A watch() that marks the subgoal in an environment's own window, and keeps its pace."""
 
@@ -232,6 +252,8 @@ class Window:
         self.env, self.due = envs.envs[0], 0.0
 
     def __call__(self, t, obs, subgoal):
+        if t == 0 and isinstance(self.env, tasks.AntMaze):  # its reset has opened the window
+            end_with_window(self.env.renderer._get_viewer("human"))
         mark_subgoal(self.env, obs[0], subgoal[0])
         time.sleep(max(0.0, self.due - time.monotonic()))
         self.due = time.monotonic() + 1 / (SPEED * frames_per_second(self.env))

@@ -30,12 +30,12 @@ def one_line_errors():
     try:
         yield
     except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        print(f"train.py: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -206,9 +206,9 @@ def interval(least, most):
 
 
 NEEDED = (  # attributes of a task's class; envs.py says what they are
-    *("state_dim", "privileged_dim", "action_dim", "low_blind", "subgoal_scale"),
-    *("observation_scale", "action_unit", "reward_scale", "max_return", "score"),
-    *("total_steps", "random_subgoals", "snapshot"),
+    *("state_dim", "privileged_dim", "action_dim", "low_blind", "max_subgoal"),
+    *("observation_scale", "action_unit", "high_reward_scale", "max_return", "score"),
+    *("total_steps", "high_uniform_steps", "get_state", "set_state"),
 )
 
 
@@ -265,11 +265,9 @@ def check_task(name, task):
     for found in (np.shape(obs), env.observation_space.shape):
         require(found == expected, f"observes {found}, {says}")
     saved = io.BytesIO()
-    torch.save(env.snapshot, saved)
+    torch.save(env.get_state(), saved)
     try:
-        env.snapshot = torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+        env.set_state(torch.load(io.BytesIO(saved.getvalue()), weights_only=True))
     except pickle.UnpicklingError:
-        require(False, "has a snapshot of more than plain numbers, lists and dicts")
-    except AttributeError:
-        require(False, "has a snapshot that cannot be set")
+        require(False, "has a get_state() of more than plain numbers, lists and dicts")
     env.close()

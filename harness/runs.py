@@ -26,7 +26,7 @@ from harness.options import MAY_CHANGE, UserError, configs, find_task, flag
 from hiro import HIROConfig
 
 EVAL_COPIES = 50  # episodes evaluated side by side
-LOOK_EVERY = 1_000  # steps between two looks at the losses and the clock
+CHECK_EVERY = 1_000  # steps between two looks at the losses and the clock
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 
 # ---------------------------------------------------------------------- environments
@@ -273,7 +273,8 @@ class Run:
             self.state = None  # it is as large as the replay buffers
             text = state["progress"]
             agent.load_state_dict(state["agent"])
-            self.envs.set_attr("snapshot", state["envs"])
+            for env, its in zip(self.envs.envs, state["envs"], strict=True):
+                env.set_state(its)
             for name in self.PLAIN:
                 setattr(self, name, state[name])
             self.sums = {  # metrics are numbers, or tensors where the networks are
@@ -283,7 +284,7 @@ class Run:
             live = [state[name].to(agent.device) for name in self.LIVE]
         else:
             obs, _ = self.envs.reset(seed=self.seed * n)  # no copy shares a stream
-            subgoal = torch.zeros(n, len(agent.subgoal_scale), device=agent.device)
+            subgoal = torch.zeros(n, len(agent.max_subgoal), device=agent.device)
             clock = torch.zeros(n, dtype=torch.long, device=agent.device)
             live = self.tensor(obs), subgoal, clock
         self.terminal = Terminal(self, text)
@@ -310,7 +311,7 @@ class Run:
         done = terminated | truncated
         for i in np.flatnonzero(done):
             success, distance = float(info["is_success"][i]), float(info["distance"][i])
-            self.count("train", {"success_rate": success, "distance": distance})
+            self.add_metrics("train", {"success_rate": success, "distance": distance})
         self.warnings += int(info["simulator_warnings"].sum())
         next_obs, reward, terminated = map(self.tensor, (next_obs, reward, terminated))
         return next_obs, reward, terminated, self.tensor(done, torch.bool)
@@ -321,8 +322,8 @@ class Run:
 
     # ------------------------------------------------------------------ metrics
 
-    def count(self, source, metrics):
-        """Add to the means of the next row."""
+    def add_metrics(self, source, metrics):
+        """Count them in with the means of the next row."""
         for name, value in metrics.items():
             key = f"{source}_{name}"
             self.sums[key] = self.sums.get(key, 0) + value
@@ -333,9 +334,9 @@ class Run:
         step = self.agent.steps
         return step // every > (step - self.num_envs) // every or step >= self.total_steps
 
-    def look(self):
+    def check(self):
         """Now and then: are the losses still numbers, and how long will it take?"""
-        if self.due(LOOK_EVERY):
+        if self.due(CHECK_EVERY):
             self.check_losses()
             self.terminal.status(self.agent.steps)
 
@@ -400,7 +401,7 @@ class Run:
         state = {
             "format": CHECKPOINT[1],
             "agent": self.agent.state_dict(),
-            "envs": list(self.envs.get_attr("snapshot")),
+            "envs": [env.get_state() for env in self.envs.envs],
             "progress": self.terminal.path.read_text(),
             **dict(zip(self.LIVE, (obs, subgoal, clock), strict=True)),
             **{name: getattr(self, name) for name in self.PLAIN},
@@ -443,9 +444,9 @@ class Terminal:
             if total <= low:
                 print("nothing is learned: the run ends before")
         print("".join(f"{title:>11}" for title in self.TITLES), flush=True)
-        self.look(step)
+        self.speed(step)
 
-    def look(self, step):
+    def speed(self, step):
         """Steps per second, lately."""
         self.looks.append((time.perf_counter(), step))
         (then, first), (now, last) = self.looks[0], self.looks[-1]
@@ -458,7 +459,7 @@ class Terminal:
             file.write(line.getvalue())
         self.success_rate = row["success_rate"]
         cells = [form.format(row[name]) for name, form in self.TABLE.items()]
-        speed = self.look(row["step"])
+        speed = self.speed(row["step"])
         print(clear_line() + "".join(f"{c:>11}" for c in [*cells, f"{speed:.0f}"]), flush=True)
         with contextlib.suppress(ImportError):  # TensorBoard is welcome, not required
             if self.writer is None:
@@ -473,7 +474,7 @@ class Terminal:
             self.writer.flush()
 
     def status(self, step):
-        speed, now = self.look(step), time.perf_counter()
+        speed, now = self.speed(step), time.perf_counter()
         if not sys.stderr.isatty() and now - self.told < 300:  # a log gets a line in five minutes
             return
         self.told = now

@@ -68,7 +68,7 @@ def main(*args):
 def one_line(*args):
     """What main() says when it ends with status 2, which must be one line."""
     code, _, err = main(*args)
-    assert code == 2 and err.startswith("train.py: ") and err.count("\n") == 1, err
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
     return err
 
 
@@ -383,7 +383,7 @@ def test_a_short_run_of_every_task_leaves_its_files(name, tmp_path, monkeypatch)
     assert config["versions"].keys() == versions and config["preset"] == "default"
     (row,) = rows(folder)
     assert row["step"] == "60" and row["seed"] == "5"
-    # The low level has learned; the high level waits for the task's random_subgoals to be over.
+    # The low level has learned; the high level waits for the task's high_uniform_steps to be over.
     names = ("low_q", "train_distance", "high_q", "relabelled", "chosen_3")
     assert [row[name] == "nan" for name in names] == [False, False, True, True, True]
     saved = torch.load(folder / "policy.pt", weights_only=True)
@@ -563,7 +563,7 @@ def test_lines_stay_within_eighty_columns(tmp_path, monkeypatch):
 def test_without_a_terminal_a_status_line_appears_now_and_then(tmp_path, scripted, monkeypatch):
     clock = Clock(monkeypatch)
     clock.charge(runs.Run, "env_step", 0.5)
-    monkeypatch.setattr(runs, "LOOK_EVERY", 250)  # a look in 125 s, a line in 300
+    monkeypatch.setattr(runs, "CHECK_EVERY", 250)  # a look in 125 s, a line in 300
     line = "--total-steps 1200 --eval-every 700 --start-steps 9999 --run-dir"
     _, out, err = main(IDLE, line, tmp_path / "run")
     first, second = err.splitlines()
@@ -728,9 +728,9 @@ import numpy as np
 
 class Mine(gymnasium.Env):
     state_dim, action_dim, low_blind, privileged_dim, action_unit = 2, 1, 1, 0, 1.0
-    subgoal_scale, observation_scale = np.ones(1), np.ones(3)
-    reward_scale, max_return, score = 1.0, 0.0, "return"
-    total_steps, random_subgoals = 60, 0
+    max_subgoal, observation_scale = np.ones(1), np.ones(3)
+    high_reward_scale, max_return, score = 1.0, 0.0, "return"
+    total_steps, high_uniform_steps = 60, 0
     observation_space = gymnasium.spaces.Box(-99, 99, (3,), np.float32)
     action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
 
@@ -748,13 +748,11 @@ class Mine(gymnasium.Env):
         info = {"is_success": distance < 1, "distance": distance, "simulator_warnings": 0}
         return obs, -distance, False, self.steps == 13, info
 
-    def get(self):
+    def get_state(self):
         return [self.place, self.steps, self.np_random.bit_generator.state]
 
-    def set(self, state):
+    def set_state(self, state):
         self.place, self.steps, self.np_random.bit_generator.state = state
-
-    snapshot = property(get, set)
 """
 
 
@@ -787,8 +785,8 @@ def test_a_task_of_one_s_own_is_trained_resumed_and_evaluated(mine, tmp_path):
 @pytest.mark.parametrize(
     "there, instead, said",
     [
-        ("total_steps, random_subgoals = 60, 0", "",
-         "lacks total_steps, random_subgoals; envs.py says"),
+        ("total_steps, high_uniform_steps = 60, 0", "",
+         "lacks total_steps, high_uniform_steps; envs.py says"),
         ('"return"', '"reward"', "has score reward, which is neither success_rate nor return"),
         ('"distance": distance, "simulator_warnings": 0', "", "distance, simulator_warnings out"),
         ("action_unit = 2, 1,", "action_unit = 2, 3,", "acts in (1,), action_dim says (3,)"),
@@ -797,8 +795,8 @@ def test_a_task_of_one_s_own_is_trained_resumed_and_evaluated(mine, tmp_path):
         ("Box(-1, 1", "Box(-2, 2", "has action_space Box(-2.0, 2.0, (1,), float32), not Box(-1.0"),
         ("observation_space =", "space =", "lacks observation_space"),
         ("action_space =", "space =", "lacks action_space"),
-        ("[self.place, self.steps, self", "[np.ones(2), self", "snapshot of more than plain"),
-        ("property(get, set)", "property(get)", "has a snapshot that cannot be set"),
+        ("[self.place, self.steps, self", "[np.ones(2), self", "a get_state() of more than"),
+        ("def set_state", "def put_state", "lacks set_state; envs.py says"),
         (
             "low_blind, privileged_dim",
             "privileged_dim, low_blind",

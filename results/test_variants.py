@@ -137,7 +137,7 @@ def test_the_representation_is_the_high_level_s_and_its_critic_s_loss_teaches_it
     agent = kind(tasks.PointPush, config)
     learn(agent, 160, tasks.PointPush)
     sight, batch = agent.high.sight, agent.high_buffer.sample(8)
-    assert agent.subgoal_scale.tolist() == [1, 1] and agent.high.updates == 40  # in school, too
+    assert agent.max_subgoal.tolist() == [1, 1] and agent.high.updates == 40  # in school, too
     seen = sight(batch["state"])  # phi(s), target, block
     assert seen.shape == (8, 2 + 2 + 2) and torch.equal(seen[:, 2:], batch["state"][:, 5:])
 

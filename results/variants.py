@@ -59,8 +59,8 @@ class PreTraining(HIRO):
     def high_action(self, obs, fresh):
         if self.high_learns:
             return super().high_action(obs, fresh)
-        still = torch.zeros(len(obs), len(self.subgoal_scale), device=self.device)
-        return self._explore(still, self.high, 0.5 * self.subgoal_scale)
+        still = torch.zeros(len(obs), len(self.max_subgoal), device=self.device)
+        return self._explore(still, self.high, 0.5 * self.max_subgoal)
 
     def update_low(self):
         return {} if self.high_learns else super().update_low()
@@ -125,7 +125,7 @@ class TransitionPolicyGradient(HIRO):
     """HIRO, but a subgoal is relabelled as what happened, give or take .1 of the half-range."""
 
     def correct(self, batch):
-        args = batch["state"], batch["next_state"], batch["subgoal"], self.subgoal_scale
+        args = batch["state"], batch["next_state"], batch["subgoal"], self.max_subgoal
         draw = dict(num_random=1, spread=0.1, generator=self.generator)
         *_, drawn = relabel.candidate_subgoals(*args, **draw).unbind(1)
         what_happened = torch.ones(len(drawn), dtype=torch.long, device=self.device)
@@ -274,7 +274,7 @@ class Representation(HIRO):
     high_learns = True
 
     def __init__(self, task, config=None, num_envs=1, seed=0, device="cpu"):
-        changed = {"subgoal_scale": np.ones_like(task.subgoal_scale), "low_blind": 0}
+        changed = {"max_subgoal": np.ones_like(task.max_subgoal), "low_blind": 0}
         super().__init__(type(task.__name__, (task,), changed), config, num_envs, seed, device)
         sight = self.high.sight
         self.policy.high, space.embed = SeeingActor(sight, self.high.actor_target), sight.embed
@@ -282,7 +282,7 @@ class Representation(HIRO):
     def _make_learners(self, task):
         only_in_range_units(self.config)
         super()._make_learners(task)
-        one, scale = self.subgoal_scale.cpu(), torch.tensor(task.observation_scale).float()
+        one, scale = self.max_subgoal.cpu(), torch.tensor(task.observation_scale).float()
         sight = Sight(scale[: task.state_dim], len(one), self.config.hidden).to(self.device)
         scales = dict(state_scale=torch.cat([one, scale[task.state_dim :]]), action_scale=one)
         own = dict(privileged=self.privileged_dim, max_q=self.high.max_q, sight=sight)
