@@ -1,0 +1,17 @@
+"""Test of walk.py, on ants that slide."""
+
+import numpy as np
+
+from results import walk
+
+
+def test_speed_and_falls_are_counted_until_an_ant_turns_over():
+    states = np.zeros((11, 2, 30))
+    states[:, :, 3] = 1.0  # upright
+    states[:, 0, 1] = 0.05 * np.arange(11)  # .5 m/s along y, all the time
+    states[:, 1, 0] = -0.2 * np.arange(11)  # 2 m/s along -x, but on its back from 0.5 s on
+    states[5:, 1, 3:7] = 0, 1, 0, 0
+    states[8:, 1, 3:7] = 1, 0, 0, 0  # rolled on: it has fallen nevertheless
+    speed, falls, seconds = walk.gait(states, np.array([[0.0, 1.0], [-1.0, 0.0]]))
+    assert falls == 1 and np.isclose(seconds, 1.0 + 0.4)
+    assert np.isclose(speed, (0.5 * 1.0 + 2.0 * 0.4) / 1.4)

@@ -1,0 +1,78 @@
+"""How fast does an ant walk where it is told, and how often does it turn over? On open ground.
+
+python results/walk.py POLICY ...   policies of ants; 96 of each, 20 s, one direction each
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from envs import AntMaze
+from harness.options import one_line_errors
+from harness.runs import POLICY, check_variant, load, make_envs
+from hiro import Policy
+from train import evaluate
+
+ANTS, DISTANCES = 96, (5.0, 10.0)  # m, how far ahead the subgoals lie
+
+
+class Plain(AntMaze):
+    maze, max_steps = "\nR", 200
+
+
+class Compass:
+    """A high level that asks each ant for a step in its direction [N, 2] (m), and nothing else."""
+
+    def __init__(self, max_action, step):
+        self.max_action, self.subgoal = max_action, torch.zeros(len(step), len(max_action))
+        self.subgoal[:, :2] = torch.as_tensor(step)
+
+    def __call__(self, obs):
+        return self.subgoal
+
+
+def gait(states, direction):
+    """Speed (m/s) and falls of ants until each turns over.
+
+    states [T, N, S] at 10 a second, direction [N, 2] of length 1
+    returns  mean speed in the direction, number that turned over, seconds on their feet together
+    """
+    x, y = states[..., 4], states[..., 5]  # of the quaternion w, x, y, z
+    upright = np.logical_and.accumulate(1 - 2 * (x**2 + y**2) > 0)
+    way = ((states[1:, :, :2] - states[:-1, :, :2]) * direction).sum(-1)
+    seconds = 0.1 * upright[1:].sum()
+    return way[upright[1:]].sum() / seconds, int((~upright[-1]).sum()), seconds
+
+
+def walk(path, distance):
+    """gait() of a saved policy's low level, with subgoals so far ahead (m), and its step."""
+    saved = load(path, *POLICY)
+    check_variant(path, saved, None)
+    policy = Policy.from_state_dict(saved["latest"]["policy"])
+    if policy.state_dim != AntMaze.state_dim:
+        sys.exit(f"walk: {path} is a policy for {saved['env']}, which has no ant")
+    angle = np.random.default_rng(0).uniform(0, 2 * np.pi, ANTS)
+    direction = np.stack([np.cos(angle), np.sin(angle)], 1)
+    policy.high = Compass(policy.high.max_action, distance * direction)
+    envs, states = make_envs(Plain, ANTS, evaluate=True), []
+    evaluate(policy, envs, ANTS, seed=0, watch=lambda t, obs, subgoal: states.append(obs.copy()))
+    envs.close()
+    return *gait(np.array(states), direction), saved["latest"]["step"]
+
+
+def main(paths):
+    torch.set_num_threads(1)
+    for path in paths or sys.exit("walk: name one policy.pt or more"):
+        for distance in DISTANCES:
+            speed, falls, seconds, step = walk(path, distance)
+            often = f"one in {seconds / falls:.0f} s" if falls else f"none in {seconds:.0f} s"
+            print(f"{path}, {step:,} steps, {distance:.0f} m: {speed:.2f} m/s, {often} turns over")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])
