@@ -42,7 +42,7 @@ def find(folders):
             if curve:
                 saved = json.loads(config.read_text())
                 sittings = [saved["versions"], *saved.get("resumed", [])]
-                preset = {"td3": "default"}.get(saved["preset"], saved["preset"])  # its old name
+                preset = {"td3": "earlier default"}.get(saved["preset"], saved["preset"])
                 curve |= {"label": saved.get("variant") or preset, "path": path}
                 curve["commits"] = {sitting["commit"][:7] for sitting in sittings}
                 run = saved["run"]
