@@ -70,17 +70,14 @@ class HIROConfig:
     policy_noise: float = option(0.2, "std of the target policy smoothing, in --units")
     noise_clip: float = option(0.5, "clip of the target policy smoothing, in --units")
     policy_delay: int = option(2, "critic updates per update of actor and targets", 1)
-    # Differs 4: the low level's step sizes
-    low_actor_lr: float = option(3e-4, "Adam step size (C.2)", TINY)
-    low_critic_lr: float = option(3e-4, "Adam step size (C.2)", TINY)
-    high_actor_lr: float = option(1e-4, "Adam step size (C.2)", TINY)
-    high_critic_lr: float = option(1e-3, "Adam step size (C.2)", TINY)
-    # Differs 6: errors of Q near or within the Huber loss's quadratic part, which finds means
+    actor_lr: float = option(1e-4, "Adam step size, both levels (C.2)", TINY)
+    critic_lr: float = option(1e-3, "Adam step size, both levels (C.2)", TINY)
+    # Differs 5: errors of Q near or within the Huber loss's quadratic part, which finds means
     low_reward_scale: float = option(0.1, "factor on the intrinsic reward (C.2)")
     high_reward_scale: float = option(
         None, "factor on the environment's reward (C.2; default: the task's)"
     )
-    # Differs 5: half of the past seen with other subgoals
+    # Differs 4: half of the past seen with other subgoals
     low_relabel: float = option(
         0.5, "share of each low batch that gets the subgoals of other rows (5.2)", most=1
     )
@@ -92,17 +89,17 @@ class HIROConfig:
     )
     high_random: float = option(0.2, "share of uniformly random subgoals after that", most=1)
     high_random_length: int = option(4, "segments that a random subgoal stays for, mean", 1)
-    # Differs 9: where the state leaves out the block, a jammed one has the value of a free one
+    # Differs 8: where the state leaves out the block, a jammed one has the value of a free one
     privileged_critic: bool = option(
         True, "in training the high level's critic sees what the state leaves out: blocks"
     )
-    # Differs 8: tanh passes no gradient back from a corner; what Q leaves open is to be near 0
+    # Differs 7: tanh passes no gradient back from a corner; what Q leaves open is to be near 0
     squash_cost: float = option(0.01, "factor on the squares of an actor's outputs before tanh")
-    # Differs 10: where a state lasts, the actor's errors add up at every bootstrap, without end
+    # Differs 9: where a state lasts, the actor's errors add up at every bootstrap, without end
     clip_targets: bool = option(
         True, "no target of the high level's critics is above what a return can be"
     )
-    # Differs 7: at the paper's pace the high level does not learn what its buffer already says
+    # Differs 6: at the paper's pace the high level does not learn what its buffer already says
     high_update_every: int = option(3, "low-level updates per high-level update (C.2)", 1)
     correction: bool = option(True, "relabel subgoals, the off-policy correction (3.3)")
     num_candidates: int = option(10, "candidates per relabelled subgoal, 2 fixed + random (C.3)", 2)
@@ -122,8 +119,6 @@ PRESETS = {
         units="raw",
         exploration_noise=1.0,
         high_update_every=10,
-        low_actor_lr=1e-4,
-        low_critic_lr=1e-3,
         start_steps=2_500,
         low_uniform_steps=0,
         high_uniform_steps=0,
@@ -242,7 +237,7 @@ class HIRO:
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self._make_learners(task)
-        # Differs 13: target actors; the online ones change too much from update to update
+        # Differs 12: target actors; the online ones change too much from update to update
         actors = self.low.actor_target, self.high.actor_target
         numbers = self.config.subgoal_steps, task.state_dim, task.low_blind
         self.policy = self.policy_class(*actors, *numbers)
@@ -264,15 +259,15 @@ class HIRO:
             high = dict(state_scale=torch.ones_like(seen), action_scale=torch.ones_like(reach))
             low_unit, high_unit = one / task.action_unit, torch.ones_like(reach)
 
-        self.low = self._learner("low", one, low_unit, **low)
+        self.low = self._learner(one, low_unit, **low)
         max_q = config.high_reward_scale * task.max_return if config.clip_targets else float("inf")
         high |= dict(privileged=self.privileged_dim, max_q=max_q)
-        self.high = self._learner("high", reach, high_unit, **high)
+        self.high = self._learner(reach, high_unit, **high)
         self.low_noise = (config.exploration_noise * low_unit).to(self.device)
         self.high_noise = (config.exploration_noise * high_unit).to(self.device)
 
-    def _learner(self, level, max_action, unit, kind=TD3, **more):
-        """A TD3 with the settings of this level; unit: what its noise is measured in."""
+    def _learner(self, max_action, unit, kind=TD3, **more):
+        """One level's TD3; unit: what its noise is measured in."""
         config = self.config
         return kind(
             max_action=max_action,
@@ -282,8 +277,8 @@ class HIRO:
             noise_clip=config.noise_clip * unit,
             policy_delay=config.policy_delay,
             squash_cost=config.squash_cost,
-            actor_lr=getattr(config, f"{level}_actor_lr"),
-            critic_lr=getattr(config, f"{level}_critic_lr"),
+            actor_lr=config.actor_lr,
+            critic_lr=config.critic_lr,
             hidden=config.hidden,
             generator=self.generator,
             device=self.device,
@@ -418,7 +413,7 @@ class HIRO:
     def high_learns(self):
         """Differs 3: not while all subgoals are random.
 
-        Learning from a low level that follows none saturated its actor (before item 8).
+        Learning from a low level that follows none saturated its actor (before item 7).
         """
         return self.steps > self.config.high_uniform_steps
 
@@ -434,7 +429,7 @@ class HIRO:
         return self.low.update(batch)
 
     def swap_subgoals(self, batch):
-        """Differs 5: give the first low_relabel of a batch the subgoals of their neighbours (5.2).
+        """Differs 4: give the first low_relabel of a batch the subgoals of their neighbours (5.2).
 
         What the step did holds for any subgoal; only reward and next subgoal must follow.
         """

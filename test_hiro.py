@@ -493,13 +493,13 @@ def test_high_update_learns_from_corrected_subgoals_and_stores_none__3_3(correct
 
 
 def test_each_level_gets_its_hyperparameters__C_2():
-    own = dict(low_actor_lr=0.1, low_critic_lr=0.2, high_actor_lr=0.3, high_critic_lr=0.4)
+    rates = dict(actor_lr=0.1, critic_lr=0.2)
     both = dict(discount=0.5, tau=0.6, buffer_size=70, policy_delay=8, squash_cost=0.9, hidden=10)
-    agent = HIRO(tasks.AntMaze, HIROConfig(**own, **both))
-    for name, rates in (("low", [0.1, 0.2]), ("high", [0.3, 0.4])):
+    agent = HIRO(tasks.AntMaze, HIROConfig(**rates, **both))
+    for name in ("low", "high"):
         td3, buffer = getattr(agent, name), getattr(agent, f"{name}_buffer")
         adams = td3.actor_optimizer, td3.critic_optimizer
-        assert [adam.param_groups[0]["lr"] for adam in adams] == rates
+        assert [adam.param_groups[0]["lr"] for adam in adams] == [0.1, 0.2]
         found = td3.discount, td3.tau, buffer.capacity, td3.policy_delay, td3.squash_cost
         assert (*found, td3.actor.net[0].out_features) == tuple(both.values())
 
@@ -518,7 +518,7 @@ DEFAULT = {
     **dict(units="range", subgoal_steps=10, batch_size=100, hidden=300, correction=True),
     **dict(discount=0.99, tau=0.005, buffer_size=200_000, exploration_noise=0.2),
     **dict(policy_noise=0.2, noise_clip=0.5, policy_delay=2),
-    **dict(low_actor_lr=3e-4, low_critic_lr=3e-4, high_actor_lr=1e-4, high_critic_lr=1e-3),
+    **dict(actor_lr=1e-4, critic_lr=1e-3),
     **dict(low_reward_scale=0.1, high_reward_scale=None, high_update_every=3),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, low_relabel=0.5, high_random=0.2, high_random_length=4),
@@ -526,8 +526,7 @@ DEFAULT = {
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", exploration_noise=1.0),
-    **dict(high_update_every=10, low_actor_lr=1e-4, low_critic_lr=1e-3),
-    **dict(low_reward_scale=1.0, high_reward_scale=0.1),
+    **dict(high_update_every=10, low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
     **dict(low_relabel=0.0, high_random=0.0, privileged_critic=False),
     **dict(squash_cost=0.0, clip_targets=False),

@@ -318,7 +318,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing_saved(name, step, tmp_path, m
     def limited(run, *args):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         if run.agent.steps >= step:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (9999, before[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
         try:
             write(run, *args)
         finally:
@@ -623,7 +623,7 @@ def test_help_names_every_setting_and_the_paper_s_value_where_ours_differs():
         paper = PRESETS["paper"].get(field.name, field.default)
         assert ("paper: " in entry) == (paper != field.default)
         assert paper == field.default or f"paper: {paper})" in entry
-    assert "(default: 0.0003; paper: 0.001)" in entries["--low-critic-lr"]
+    assert "(default: 0.1; paper: 1.0)" in entries["--low-reward-scale"]
 
 
 @pytest.fixture(scope="module")
@@ -666,7 +666,7 @@ BAD_INPUTS = {
     POINT + "--tau nan": "must be above 0, at most 1",
     POINT + "--exploration-noise inf": "must be at least 0, and finite",
     POINT + "--policy-noise -0.1": "must be at least 0, and finite",
-    POINT + "--low-actor-lr 0": "must be positive",
+    POINT + "--actor-lr 0": "must be positive",
     POINT + "--units metres": "argument --units: invalid choice: 'metres'",
     POINT + "--preset td3": "argument --preset: invalid choice: 'td3'",
     POINT + "--device cuda": "use cpu",

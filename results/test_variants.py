@@ -133,7 +133,7 @@ def test_the_representation_is_the_high_level_s_and_its_critic_s_loss_teaches_it
 ):
     variants.move_there()
     there.directions = kind is variants.FeUdal
-    config = dataclasses.replace(CONFIG, high_critic_lr=1e-6, squash_cost=0.0)
+    config = dataclasses.replace(CONFIG, critic_lr=1e-6, squash_cost=0.0)
     agent = kind(tasks.PointPush, config)
     learn(agent, 160, tasks.PointPush)
     sight, batch = agent.high.sight, agent.high_buffer.sample(8)

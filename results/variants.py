@@ -86,7 +86,7 @@ class NoHierarchy(HIRO):
         scale, one = torch.tensor(task.observation_scale).float(), torch.ones(task.action_dim)
         most = self.config.subgoal_steps * self.high.max_q
         own = dict(privileged=self.privileged_dim, max_q=most)
-        self.low = self._learner("low", one, one, state_scale=scale, action_scale=one, **own)
+        self.low = self._learner(one, one, state_scale=scale, action_scale=one, **own)
         self.low.squash_cost /= self.config.subgoal_steps  # one action moves Q by that much less
 
     def _make_buffers(self, task, num_envs):
@@ -286,7 +286,7 @@ class Representation(HIRO):
         sight = Sight(scale[: task.state_dim], len(one), self.config.hidden).to(self.device)
         scales = dict(state_scale=torch.cat([one, scale[task.state_dim :]]), action_scale=one)
         own = dict(privileged=self.privileged_dim, max_q=self.high.max_q, sight=sight)
-        self.high = self._learner("high", one, one, SeeingTD3, **scales, **own)
+        self.high = self._learner(one, one, SeeingTD3, **scales, **own)
 
     def swap_subgoals(self, batch):
         super().swap_subgoals(batch)
