@@ -110,8 +110,7 @@ def eval_only(given, agent_class=HIRO, variant=None):
     from harness import look
 
     path, which = given["eval_only"], given.get("which", "latest")
-    saved = runs.load(path, *runs.POLICY)
-    runs.check_variant(path, saved, variant)
+    saved = runs.load_policy(path, variant)
     if given.get("env", saved["env"]) != saved["env"]:
         raise options.UserError(f"{path} is a policy for {saved['env']}, not {given['env']}")
     settings, _ = options.configs({**given, "env": saved["env"]})

@@ -202,6 +202,13 @@ def check_variant(what, saved, variant):
         raise UserError(f"{what} is for {command(other)}")
 
 
+def load_policy(path, variant=None):
+    """What Run.report() wrote to a policy.pt; UserError if it is none, or of another agent."""
+    saved = load(path, *POLICY)
+    check_variant(path, saved, variant)
+    return saved
+
+
 def command(variant):
     return f"python results/variants.py {variant}" if variant else "python train.py"
 

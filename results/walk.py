@@ -12,8 +12,8 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from envs import AntMaze
-from harness.options import one_line_errors
-from harness.runs import POLICY, check_variant, load, make_envs
+from harness.options import UserError, one_line_errors
+from harness.runs import load_policy, make_envs
 from hiro import Policy
 from train import evaluate
 
@@ -48,29 +48,31 @@ def gait(states, direction):
     return way[upright[1:]].sum() / seconds, int((~upright[-1]).sum()), seconds
 
 
-def walk(path, distance):
-    """gait() of a saved policy's low level, with subgoals so far ahead (m), and its step."""
-    saved = load(path, *POLICY)
-    check_variant(path, saved, None)
-    policy = Policy.from_state_dict(saved["latest"]["policy"])
-    if policy.state_dim != AntMaze.state_dim:
-        sys.exit(f"walk: {path} is a policy for {saved['env']}, which has no ant")
-    angle = np.random.default_rng(0).uniform(0, 2 * np.pi, ANTS)
+def walk(policy, envs, distance):
+    """gait() of a policy's low level in N environments, with subgoals so far ahead (m)."""
+    n, states = envs.num_envs, []
+    angle = np.random.default_rng(0).uniform(0, 2 * np.pi, n)
     direction = np.stack([np.cos(angle), np.sin(angle)], 1)
     policy.high = Compass(policy.high.max_action, distance * direction)
-    envs, states = make_envs(Plain, ANTS, evaluate=True), []
-    evaluate(policy, envs, ANTS, seed=0, watch=lambda t, obs, subgoal: states.append(obs.copy()))
-    envs.close()
-    return *gait(np.array(states), direction), saved["latest"]["step"]
+    evaluate(policy, envs, n, seed=0, watch=lambda t, obs, subgoal: states.append(obs.copy()))
+    return gait(np.array(states), direction)
 
 
 def main(paths):
+    if not paths:
+        raise UserError("name one policy.pt or more")
     torch.set_num_threads(1)
-    for path in paths or sys.exit("walk: name one policy.pt or more"):
+    envs = make_envs(Plain, ANTS, evaluate=True)
+    for path in paths:
+        saved = load_policy(path)
+        policy, step = Policy.from_state_dict(saved["latest"]["policy"]), saved["latest"]["step"]
+        if policy.state_dim != AntMaze.state_dim:
+            raise UserError(f"{path} is a policy for {saved['env']}, which has no ant")
         for distance in DISTANCES:
-            speed, falls, seconds, step = walk(path, distance)
+            speed, falls, seconds = walk(policy, envs, distance)
             often = f"one in {seconds / falls:.0f} s" if falls else f"none in {seconds:.0f} s"
             print(f"{path}, {step:,} steps, {distance:.0f} m: {speed:.2f} m/s, {often} turns over")
+    envs.close()
 
 
 if __name__ == "__main__":

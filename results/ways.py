@@ -11,8 +11,8 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from harness.options import find_task, one_line_errors
-from harness.runs import POLICY, check_variant, load, make_envs
+from harness.options import UserError, find_task, one_line_errors
+from harness.runs import load_policy, make_envs
 from hiro import Policy
 from train import evaluate
 
@@ -49,10 +49,10 @@ WAYS = {"AntPush": push, "PointPush": push, "AntFall": fall}
 
 def ways(path):
     """{place: share of 50 episodes that pass it} of a saved policy, and its step."""
-    saved = load(path, *POLICY)
-    check_variant(path, saved, None)
+    saved = load_policy(path)
     if saved["env"] not in WAYS:
-        sys.exit(f"ways: {path} is a policy for {saved['env']}; known are {', '.join(WAYS)}")
+        known = ", ".join(WAYS)
+        raise UserError(f"{path} is a policy for {saved['env']}; known are {known}")
     latest = saved["latest"]
     policy = Policy.from_state_dict(latest["policy"])
     envs = make_envs(find_task(saved["env"]), EPISODES, evaluate=True)
@@ -76,8 +76,10 @@ def ways(path):
 
 
 def main(paths):
+    if not paths:
+        raise UserError("name one policy.pt or more")
     torch.set_num_threads(1)
-    for k, path in enumerate(paths or sys.exit("ways: name one policy.pt or more")):
+    for k, path in enumerate(paths):
         shares, step = ways(path)
         if k == 0:
             print("| step | " + " | ".join(shares) + " |\n" + "|---" * (1 + len(shares)) + "|")
