@@ -12,6 +12,10 @@ import sys
 
 import numpy as np
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from harness.options import UserError, one_line_errors
+
 HERE = pathlib.Path(__file__).resolve().parent
 PAPER = {"AntMaze": 0.99, "AntPush": 0.92, "AntFall": 0.66, "AntGather": 3.02}  # Table 1
 TASKS = (*PAPER, "PointMaze", "PointPush")  # the order of the panels; any others come after
@@ -61,7 +65,7 @@ def curves(groups, path):
     try:
         import matplotlib.figure
     except ImportError:
-        sys.exit("plot: this needs matplotlib; pip install matplotlib")
+        raise UserError("this needs matplotlib; pip install matplotlib") from None
     matplotlib.rcParams["svg.hashsalt"] = "hiro"
     tasks = [task for task in TASKS if task in groups] + sorted(groups.keys() - set(TASKS))
     others = sorted({run["label"] for runs in groups.values() for run in runs} - COLOURS.keys())
@@ -129,11 +133,12 @@ def main(folders):
         figures[HERE / "variants.svg"] = [HERE / "variants"]
     found = {path: groups for path, sources in figures.items() if (groups := find(sources))}
     if not found:
-        sys.exit(f"plot: no progress.csv with an evaluation below {', '.join(folders) or HERE}")
+        raise UserError(f"no progress.csv with an evaluation below {', '.join(folders) or HERE}")
     for path, groups in found.items():
         curves(groups, path)
         print(path)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with one_line_errors():
+        main(sys.argv[1:])
