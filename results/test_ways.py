@@ -31,3 +31,10 @@ def test_the_places_of_fall():
     assert passed(ways.fall(x, y, z, block))[1:3] == ["pushes", "block dropped"]
     x, y, z, block = track((0, 0, 4.7), (0, 13, 0.7), (0, 22, 0.7))
     assert passed(ways.fall(x, y, z, block)) == ["falls"]
+
+
+def test_what_gather_counts():
+    x, y, z, left = track((0, 0, 0.6), (1, 0, 0.6), (2, 0, 0.2))
+    left += [[8, 8], [8, 7], [6, 7]]
+    assert ways.gather(x, y, z, left) == {"apples": 2, "bombs": 1, "falls": True}
+    assert not ways.gather(*(np.zeros((500, n)) for n in (1, 1, 1, 2)))["falls"]

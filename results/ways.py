@@ -1,6 +1,8 @@
 """Where along the way do episodes end? Shares of them that pass each place, as a table.
 
-python results/ways.py POLICY ...   policies of AntPush, PointPush or AntFall
+Gather has no places: there it is what an episode collects on average, and the share that falls.
+
+python results/ways.py POLICY ...   policies of AntPush, PointPush, AntFall or AntGather
 """
 
 import pathlib
@@ -11,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from envs import AntGather
 from harness.options import UserError, find_task, one_line_errors
 from harness.runs import load_policy, make_envs
 from hiro import Policy
@@ -44,33 +47,47 @@ def fall(x, y, z, block):
     }
 
 
-WAYS = {"AntPush": push, "PointPush": push, "AntFall": fall}
+def gather(x, y, z, left):
+    """Gather: what is collected before the last step, and whether a fall ends it. left [T, 2]."""
+    apples, bombs = left[0] - left[-1]
+    return {"apples": apples, "bombs": bombs, "falls": len(x) < AntGather.max_steps}
+
+
+WAYS = {"AntPush": push, "PointPush": push, "AntFall": fall, "AntGather": gather}
+END = {"success_rate": "arrives", "return": "return"}  # by the task's score
+
+
+def things(robot):
+    """Where Push's and Fall's block has moved to (m), or how many apples and bombs are left."""
+    if isinstance(robot, AntGather):
+        return (robot.values > 0).sum(), (robot.values < 0).sum()
+    return robot.data.qpos[robot.num_qpos :]
 
 
 def ways(path):
-    """{place: share of 50 episodes that pass it} of a saved policy, and its step."""
+    """{column: mean over 50 episodes} of a saved policy, and its step."""
     saved = load_policy(path)
     if saved["env"] not in WAYS:
         known = ", ".join(WAYS)
         raise UserError(f"{path} is a policy for {saved['env']}; known are {known}")
     latest = saved["latest"]
     policy = Policy.from_state_dict(latest["policy"])
-    envs = make_envs(find_task(saved["env"]), EPISODES, evaluate=True)
+    task = find_task(saved["env"])
+    envs = make_envs(task, EPISODES, evaluate=True)
     robots = [env.unwrapped for env in envs.envs]
     trace = []
 
     def watch(t, obs, subgoal):
-        places = [
-            (robot.data.body("torso").xpos, robot.data.qpos[robot.num_qpos :]) for robot in robots
-        ]
+        places = [(robot.data.body("torso").xpos, things(robot)) for robot in robots]
         trace.append([np.concatenate(place) for place in places])
 
     results = evaluate(policy, envs, EPISODES, seed=0, watch=watch)
     rows = []
     for places, result in zip(np.array(trace).transpose(1, 0, 2), results, strict=True):
+        places = places[: result["steps"]]  # what follows is another episode
         x, y, z, *_ = places.T
         row = WAYS[saved["env"]](x, y, z, places[:, 3:])
-        rows.append({**row, "arrives": result["success_rate"] == 1})
+        rows.append({**row, END[task.score]: result[task.score]})
     envs.close()
     return {name: np.mean([row[name] for row in rows]) for name in rows[0]}, latest["step"]
 
