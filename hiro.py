@@ -88,7 +88,7 @@ class HIROConfig:
         None, "steps with random subgoals, before the high level learns (default: the task's)"
     )
     high_random: float = option(0.2, "share of uniformly random subgoals after that", most=1)
-    high_random_length: int = option(4, "segments that a random subgoal stays for, mean", 1)
+    high_random_length: int = option(10, "segments that a random subgoal stays for, mean", 1)
     # Differs 8: where the state leaves out the block, a jammed one has the value of a free one
     privileged_critic: bool = option(
         True, "in training the high level's critic sees what the state leaves out: blocks"

@@ -367,7 +367,8 @@ def test_exploration_noise_has_the_stated_scale_and_is_clipped__C_2():
 
 def test_each_level_starts_with_uniform_draws_for_as_long_as_it_is_told():
     N = 20_000
-    few = small(low_uniform_steps=10, high_uniform_steps=20, exploration_noise=0.0)
+    changes = dict(high_random_length=4, exploration_noise=0.0)
+    few = small(low_uniform_steps=10, high_uniform_steps=20, **changes)
     agent = HIRO(tasks.AntMaze, few, num_envs=N)
     obs, zero, fresh = torch.zeros(N, 32), torch.zeros(N, 15), torch.ones(N, dtype=torch.bool)
     for agent.steps in range(80):
@@ -521,7 +522,7 @@ DEFAULT = {
     **dict(actor_lr=1e-4, critic_lr=1e-3),
     **dict(low_reward_scale=0.1, high_reward_scale=None, high_update_every=3),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
-    **dict(num_candidates=10, low_relabel=0.5, high_random=0.2, high_random_length=4),
+    **dict(num_candidates=10, low_relabel=0.5, high_random=0.2, high_random_length=10),
     **dict(privileged_critic=True, squash_cost=0.01, clip_targets=True),
 }
 PAPER = {  # appendix C and the authors' code
