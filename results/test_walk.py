@@ -1,7 +1,8 @@
-"""Test of walk.py, on ants that slide."""
+"""Tests of walk.py, on ants that slide or stand."""
 
 import numpy as np
 
+from envs import AntFall
 from results import walk
 
 
@@ -15,3 +16,11 @@ def test_speed_and_falls_are_counted_until_an_ant_turns_over():
     speed, falls, seconds = walk.gait(states, np.array([[0.0, 1.0], [-1.0, 0.0]]))
     assert falls == 1 and np.isclose(seconds, 1.0 + 0.4)
     assert np.isclose(speed, (0.5 * 1.0 + 2.0 * 0.4) / 1.4)
+
+
+def test_an_ant_of_fall_sees_the_ground_where_its_platform_is():
+    (plain, _), (raised, _) = (task().reset(seed=3) for task in (walk.Plain, walk.Raised))
+    on_platform, _ = AntFall().reset(seed=3)
+    z = np.arange(len(plain)) == 2
+    assert np.array_equal(plain[~z], raised[~z])
+    assert np.isclose(raised[2], plain[2] + 4) and np.isclose(raised[2], on_platform[2])

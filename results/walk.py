@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from envs import AntMaze
+from envs import WALL, AntMaze
 from harness.options import UserError, one_line_errors
 from harness.runs import load_policy, make_envs
 from hiro import Policy
@@ -22,6 +22,15 @@ ANTS, DISTANCES = 96, (5.0, 10.0)  # m, how far ahead the subgoals lie
 
 class Plain(AntMaze):
     maze, max_steps = "\nR", 200
+
+
+class Raised(Plain):
+    """The same ground, seen as high up as the platform on which AntFall's ants learn to walk."""
+
+    def _observation(self):
+        obs = super()._observation()
+        obs[2] += WALL
+        return obs
 
 
 class Compass:
@@ -62,17 +71,18 @@ def main(paths):
     if not paths:
         raise UserError("name one policy.pt or more")
     torch.set_num_threads(1)
-    envs = make_envs(Plain, ANTS, evaluate=True)
     for path in paths:
         saved = load_policy(path)
         policy, step = Policy.from_state_dict(saved["latest"]["policy"]), saved["latest"]["step"]
         if policy.state_dim != AntMaze.state_dim:
             raise UserError(f"{path} is a policy for {saved['env']}, which has no ant")
+        ground = Raised if saved["env"] == "AntFall" else Plain
+        envs = make_envs(ground, ANTS, evaluate=True)
         for distance in DISTANCES:
             speed, falls, seconds = walk(policy, envs, distance)
             often = f"one in {seconds / falls:.0f} s" if falls else f"none in {seconds:.0f} s"
             print(f"{path}, {step:,} steps, {distance:.0f} m: {speed:.2f} m/s, {often} turns over")
-    envs.close()
+        envs.close()
 
 
 if __name__ == "__main__":
