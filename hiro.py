@@ -95,6 +95,10 @@ class HIROConfig:
     )
     # Differs 7: tanh passes no gradient back from a corner; what Q leaves open is to be near 0
     squash_cost: float = option(0.01, "factor on the squares of an actor's outputs before tanh")
+    # Differs 13: past the limit there are no transitions, so a Q there is never compared to any
+    bootstrap_at_limit: bool = option(
+        False, "a time limit's value is the high level's Q, not its last reward for ever (C.2)"
+    )
     # Differs 9: where a state lasts, the actor's errors add up at every bootstrap, without end
     clip_targets: bool = option(
         True, "no target of the high level's critics is above what a return can be"
@@ -125,6 +129,7 @@ PRESETS = {
         high_random=0.0,
         privileged_critic=False,
         squash_cost=0.0,
+        bootstrap_at_limit=True,
         clip_targets=False,
     ),
 }
@@ -234,6 +239,7 @@ class HIRO:
         self.max_subgoal = torch.tensor(task.max_subgoal, device=self.device).float()
         # entries that an observation in training has at its end, besides what policies see
         self.privileged_dim = task.privileged_dim if self.config.privileged_critic else 0
+        self.reward_lasts = task.reward_lasts
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self._make_learners(task)
@@ -375,12 +381,15 @@ class HIRO:
             next_subgoal=next_subgoal,
         )
 
-    def remember_segment(self, clock, obs, subgoal, action, reward, next_obs, terminated, ended):
+    def remember_segment(
+        self, clock, obs, subgoal, action, reward, next_obs, terminated, done, ended
+    ):
         """The high level's transition (s_{t:t+c-1}, g_t, a_{t:t+c-1}, sum of R, s_{t+c}).
 
         It grows by one step; where ended [N], after c steps or with the episode, it is stored.
         clock  [N]  steps of the segment before this one
         """
+        reward, terminated = self.at_limit(reward, terminated, done, self.config.subgoal_steps)
         segment, first = self.segment, clock == 0
         env = torch.arange(len(obs), device=self.device)
         segment["states"][env, clock] = obs[:, : self.policy.state_dim]
@@ -401,6 +410,22 @@ class HIRO:
                 next_state=next_obs[ended],
                 terminated=terminated[ended],
             )
+
+    def at_limit(self, reward, terminated, done, steps):
+        """Differs 13: a time limit ends the episode, and the last reward goes on for ever.
+
+        As time is part of the state, a limit's Q would be one that no transition ever corrects.
+        reward, terminated, done  [N]  of one step
+        steps    environment steps of a transition, to each of which the discount applies
+        returns  reward [N] with the discounted sum of those left out (tasks' reward_lasts) and
+                 terminated [N], now true of limits too
+        """
+        if self.config.bootstrap_at_limit:
+            return reward, terminated
+        if self.reward_lasts:
+            rest = steps * self.config.discount / (1 - self.config.discount)
+            reward = reward + rest * reward * (done & (terminated == 0))
+        return reward, done.float()
 
     # ------------------------------------------------------------------ learning
 

@@ -300,7 +300,7 @@ def test_buffer_state_holds_what_was_written_and_nothing_else():
 @pytest.mark.parametrize("num_envs, c", [(1, 5), (3, 6)])  # 5 divides the episode's 20 steps
 def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
     changes = dict(subgoal_steps=c, start_steps=10**6, exploration_noise=0.0)
-    changes |= dict(low_reward_scale=0.5, high_reward_scale=0.1)
+    changes |= dict(low_reward_scale=0.5, high_reward_scale=0.1, bootstrap_at_limit=True)
     agent = HIRO(ClockTask, small(**changes), num_envs)
     low_actor, high_actor = agent.low.actor_target, agent.high.actor_target
     stir(low_actor), stir(high_actor)
@@ -345,11 +345,25 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
             "states": [state[:5] for state in states],
             "actions": actions,
             "mask": n * [1] + (c - n) * [0],
-            "reward": np.float32(0.1) * np.float32(sum(rewards)),
             "next_state": after[-1],
             "terminated": terminated[-1],
         }.items():
             np.testing.assert_array_equal(row[name], value)
+        assert math.isclose(row["reward"], 0.1 * sum(rewards), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("lasts", [True, False])
+def test_a_time_limit_is_an_end_with_the_last_reward_for_ever(lasts, learn, monkeypatch):
+    """Of the stay that follows, 2,000 segments are summed by hand: .9 to that power is nothing."""
+    monkeypatch.setattr(ClockTask, "reward_lasts", lasts)
+    agent = HIRO(ClockTask, small(subgoal_steps=6, discount=0.9, high_reward_scale=1.0))
+    learn(agent, 20 + 13 + 20, ClockTask)  # cut off, terminated, cut off; step t's reward is 1 + t
+    high = agent.high_buffer.rows()
+    stay = sum(0.9**k * 6 * 21 for k in range(1, 2000)) if lasts else 0
+    cut_off = [2 + 3 + 4 + 5 + 6 + 7, 27 + 36, 63 + 36, 20 + 21 + stay]
+    terminated = [27, 63, 14]
+    torch.testing.assert_close(high["reward"], torch.tensor(cut_off + terminated + cut_off).float())
+    assert high["terminated"].tolist() == [0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 1]
 
 
 def test_exploration_noise_has_the_stated_scale_and_is_clipped__C_2():
@@ -524,13 +538,14 @@ DEFAULT = {
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, low_relabel=0.5, high_random=0.2, high_random_length=10),
     **dict(privileged_critic=True, squash_cost=0.01, clip_targets=True),
+    **dict(bootstrap_at_limit=False),
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", exploration_noise=1.0),
     **dict(high_update_every=10, low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
     **dict(low_relabel=0.0, high_random=0.0, privileged_critic=False),
-    **dict(squash_cost=0.0, clip_targets=False),
+    **dict(squash_cost=0.0, clip_targets=False, bootstrap_at_limit=True),
 }
 
 
@@ -696,17 +711,19 @@ def make(name, **kwargs):
 STATE = 15 * [1] + 14 * [0.2] + [1]
 ANT = dict(state_dim=30, action_dim=8, low_blind=2, max_subgoal=ANT_RANGE, action_unit=30)
 ANT |= dict(max_steps=500, total_steps=10**7, high_uniform_steps=300_000, score="success_rate")
-ANT |= dict(high_reward_scale=3e-4, max_return=0, observation_scale=STATE + [1, 1])
+ANT |= dict(high_reward_scale=3e-4, max_return=0, reward_lasts=True)
+ANT |= dict(observation_scale=STATE + [1, 1])
 POINT = dict(state_dim=5, action_dim=2, low_blind=2, max_subgoal=[5, 5], action_unit=4)
 POINT |= dict(max_steps=300, total_steps=10**5, high_uniform_steps=20_000, score="success_rate")
-POINT |= dict(high_reward_scale=3e-4, max_return=0, observation_scale=[1, 1, 0.2, 0.2, 1, 1, 1])
+POINT |= dict(high_reward_scale=3e-4, max_return=0, reward_lasts=True)
+POINT |= dict(observation_scale=[1, 1, 0.2, 0.2, 1, 1, 1])
 ATTRIBUTES = {
     "AntMaze": ANT,
     "AntPush": ANT,
     "AntFall": dict(ANT, observation_scale=STATE + [1, 1, 1]),
-    "AntGather": dict(
-        ANT, observation_scale=STATE + 20 * [1], high_reward_scale=0.3, max_return=8, score="return"
-    ),
+    "AntGather": ANT
+    | dict(observation_scale=STATE + 20 * [1], score="return")
+    | dict(high_reward_scale=0.3, max_return=8, reward_lasts=False),
     "PointMaze": POINT,
     "PointPush": dict(POINT, action_unit=2, total_steps=150_000),
 }

@@ -32,7 +32,9 @@ def train(agent, run):
         low_reward = intrinsic_reward(obs, subgoal, next_obs)  # r = -‖s + g - s'‖
         agent.remember_step(obs, subgoal, action, low_reward, next_obs, next_subgoal)
         ended = done | (clock == c - 1)
-        agent.remember_segment(clock, obs, subgoal, action, reward, next_obs, terminated, ended)
+        agent.remember_segment(
+            clock, obs, subgoal, action, reward, next_obs, terminated, done, ended
+        )
 
         for update in agent.due_updates(run.num_envs):  # one for each environment step (C.2)
             run.add_metrics("low", agent.update_low())
