@@ -95,13 +95,13 @@ class HIROConfig:
     )
     # Differs 7: tanh passes no gradient back from a corner; what Q leaves open is to be near 0
     squash_cost: float = option(0.01, "factor on the squares of an actor's outputs before tanh")
-    # Differs 13: past the limit there are no transitions, so a Q there is never compared to any
-    bootstrap_at_limit: bool = option(
-        False, "a time limit's value is the high level's Q, not its last reward for ever (C.2)"
-    )
     # Differs 9: where a state lasts, the actor's errors add up at every bootstrap, without end
     clip_targets: bool = option(
         True, "no target of the high level's critics is above what a return can be"
+    )
+    # Differs 10: a Q past the limit is one that no transition ever corrects
+    bootstrap_at_limit: bool = option(
+        False, "a time limit's value is the high level's Q, not its last reward for ever (C.2)"
     )
     # Differs 6: at the paper's pace the high level does not learn what its buffer already says
     high_update_every: int = option(3, "low-level updates per high-level update (C.2)", 1)
@@ -129,8 +129,8 @@ PRESETS = {
         high_random=0.0,
         privileged_critic=False,
         squash_cost=0.0,
-        bootstrap_at_limit=True,
         clip_targets=False,
+        bootstrap_at_limit=True,
     ),
 }
 
@@ -243,7 +243,7 @@ class HIRO:
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self._make_learners(task)
-        # Differs 12: target actors; the online ones change too much from update to update
+        # Differs 13: target actors; the online ones change too much from update to update
         actors = self.low.actor_target, self.high.actor_target
         numbers = self.config.subgoal_steps, task.state_dim, task.low_blind
         self.policy = self.policy_class(*actors, *numbers)
@@ -412,7 +412,7 @@ class HIRO:
             )
 
     def at_limit(self, reward, terminated, done, steps):
-        """Differs 13: a time limit ends the episode, and the last reward goes on for ever.
+        """Differs 10: a time limit ends the episode, and the last reward goes on for ever.
 
         As time is part of the state, a limit's Q would be one that no transition ever corrects.
         reward, terminated, done  [N]  of one step
