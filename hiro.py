@@ -59,7 +59,7 @@ class HIROConfig:
     units: str = option("range", "what networks see and noise is measured in: range or raw")
     subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)", 1)
     discount: float = option(
-        0.99, "gamma: low level per step, high level per c steps (C.2)", most=1
+        0.99, "gamma: low level per step, high level per c steps (C.2)", most=0.9999
     )
     tau: float = option(0.005, "tau of the target networks, both levels (C.2)", TINY, 1)
     buffer_size: int = option(200_000, "transitions kept, of each level (C.2)", 1)

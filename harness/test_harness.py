@@ -661,7 +661,7 @@ BAD_INPUTS = {
     POINT + "--num-envs 4 --start-steps 39": "must be at least 40",
     POINT + "--num-candidates 1": "must be at least 2",
     POINT + "--high-random 1.5": "must be between 0 and 1",
-    POINT + "--discount 1.5": "--discount 1.5: must be between 0 and 1",
+    POINT + "--discount 1.5": "--discount 1.5: must be between 0 and 0.9999",
     POINT + "--tau 0": "--tau 0.0: must be above 0, at most 1",
     POINT + "--tau nan": "must be above 0, at most 1",
     POINT + "--exploration-noise inf": "must be at least 0, and finite",
