@@ -248,6 +248,9 @@ class HIRO:
         numbers = self.config.subgoal_steps, task.state_dim, task.low_blind
         self.policy = self.policy_class(*actors, *numbers)
         self._make_buffers(task, num_envs)
+        # where a processor multiplies it several times as fast, correct() reckons in bfloat16
+        amx = torch.cpu.get_capabilities().get("amx_bf16", False)
+        self.bfloat16 = self.device.type == "cpu" and amx
         self.steps = 0  # environment steps so far, of all N together
 
     def _make_learners(self, task):
@@ -479,17 +482,18 @@ class HIRO:
 
     def correct(self, batch):
         """The off-policy correction on a sampled high-level batch: subgoal [B, d], index [B]."""
-        return relabel(
-            self.policy.low_action,
-            batch["states"],
-            batch["actions"],
-            batch["subgoal"],
-            batch["next_state"],
-            self.high.max_action,
-            mask=batch["mask"],
-            num_random=self.config.num_candidates - 2,
-            generator=self.generator,
-        )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return relabel(
+                self.policy.low_action,
+                batch["states"],
+                batch["actions"],
+                batch["subgoal"],
+                batch["next_state"],
+                self.high.max_action,
+                mask=batch["mask"],
+                num_random=self.config.num_candidates - 2,
+                generator=self.generator,
+            )
 
     # ------------------------------------------------------------------ saving
 

@@ -483,10 +483,16 @@ def test_correction_asks_today_s_low_level_with_the_agent_s_settings__3_3():
 
     for seed in range(2):
         stir(agent.low.actor_target, seed=seed)
-        generator = agent.generator.clone_state()
-        subgoal, index = relabel.relabel(today, *args, generator=generator)
+        generators = agent.generator.clone_state(), agent.generator.clone_state()
+        subgoal, index = relabel.relabel(today, *args, generator=generators[0])
+        agent.bfloat16 = False
         assert_same(agent.correct(batch), (subgoal, index))
         assert len(index.unique()) == 5
+        agent.bfloat16, agent.generator = True, generators[1]
+        rounded, chosen = agent.correct(batch)
+        assert rounded.dtype == torch.float32 and 0.9 < (chosen == index).float().mean() < 1
+        same = chosen == index
+        assert torch.equal(rounded[same], subgoal[same])
 
 
 @pytest.mark.parametrize("correction", [True, False])
