@@ -15,7 +15,6 @@ What HIRO must know of a task stands in its class attributes:
     action_unit        what action 1.0 means: torque (ant) or m/s (point)
     high_reward_scale  factor that brings the high level's Q, the discounted return, to order one
     reward_lasts       whether a reward would go on at every step if nothing moved, as a distance
-    max_return         what no discounted return can be above, unscaled (0: rewards never are)
     score              what makes one policy better than another: success_rate or return
     total_steps        environment steps of one training run
     high_uniform_steps environment steps at its start with uniformly random subgoals, until the
@@ -61,7 +60,6 @@ class AntMaze(gymnasium.Env):
     action_unit = 30.0
     high_reward_scale = 0.0003
     reward_lasts = True
-    max_return = 0.0
     score = "success_rate"
     total_steps = 10_000_000
     high_uniform_steps = 300_000
@@ -340,7 +338,7 @@ class AntFall(AntMaze):
     """
 
     observation_scale = np.append(ANT_SCALE, np.ones(3)).astype(np.float32)
-    # Differs 12: the block at x = +8, where the maze needs it; the paper's text has -8
+    # Differs 11: the block at x = +8, where the maze needs it; the paper's text has -8
     maze = """
         # # # #
         # R . #
@@ -367,8 +365,7 @@ class AntGather(AntMaze):
     maze = "\nR"
     num_each = 8
     reward_lasts = False
-    max_return = num_each  # all apples at once
-    # Differs 11: the paper gives neither the readings nor the cost of dying
+    # Differs 10: the paper gives neither the readings nor the cost of dying
     bins, sensor_range = 10, 6.0
 
     def _add_scenery(self, spec):

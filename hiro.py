@@ -95,11 +95,7 @@ class HIROConfig:
     )
     # Differs 7: tanh passes no gradient back from a corner; what Q leaves open is to be near 0
     squash_cost: float = option(0.01, "factor on the squares of an actor's outputs before tanh")
-    # Differs 9: where a state lasts, the actor's errors add up at every bootstrap, without end
-    clip_targets: bool = option(
-        True, "no target of the high level's critics is above what a return can be"
-    )
-    # Differs 10: a Q past the limit is one that no transition ever corrects
+    # Differs 9: a Q past the limit is one that no transition ever corrects
     bootstrap_at_limit: bool = option(
         False, "a time limit's value is the high level's Q, not its last reward for ever (C.2)"
     )
@@ -129,7 +125,6 @@ PRESETS = {
         high_random=0.0,
         privileged_critic=False,
         squash_cost=0.0,
-        clip_targets=False,
         bootstrap_at_limit=True,
     ),
 }
@@ -243,7 +238,7 @@ class HIRO:
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self._make_learners(task)
-        # Differs 13: target actors; the online ones change too much from update to update
+        # Differs 12: target actors; the online ones change too much from update to update
         actors = self.low.actor_target, self.high.actor_target
         numbers = self.config.subgoal_steps, task.state_dim, task.low_blind
         self.policy = self.policy_class(*actors, *numbers)
@@ -269,9 +264,7 @@ class HIRO:
             low_unit, high_unit = one / task.action_unit, torch.ones_like(reach)
 
         self.low = self._learner(one, low_unit, **low)
-        max_q = config.high_reward_scale * task.max_return if config.clip_targets else float("inf")
-        high |= dict(privileged=self.privileged_dim, max_q=max_q)
-        self.high = self._learner(reach, high_unit, **high)
+        self.high = self._learner(reach, high_unit, privileged=self.privileged_dim, **high)
         self.low_noise = (config.exploration_noise * low_unit).to(self.device)
         self.high_noise = (config.exploration_noise * high_unit).to(self.device)
 
@@ -415,7 +408,7 @@ class HIRO:
             )
 
     def at_limit(self, reward, terminated, done, steps):
-        """Differs 10: a time limit ends the episode, and the last reward goes on for ever.
+        """Differs 9: a time limit ends the episode, and the last reward goes on for ever.
 
         As time is part of the state, a limit's Q would be one that no transition ever corrects.
         reward, terminated, done  [N]  of one step

@@ -102,8 +102,6 @@ class TD3:
     squash_cost        factor on the squares of the actor's outputs before tanh, in its loss: keeps
                        it where tanh has a slope (Andrychowicz et al. 2017, appendix A), and near 0
                        what makes no difference to Q
-    max_q              upper bound of every return; targets are clipped to it (same appendix), as
-                       otherwise overestimates grow at every bootstrap in states without an exit
     generator          source of the smoothing noise (default: torch's global one)
     """
 
@@ -128,7 +126,6 @@ class TD3:
         noise_clip=0.5,
         policy_delay=2,
         squash_cost=0.0,
-        max_q=float("inf"),
         actor_lr=1e-4,
         critic_lr=1e-3,
         hidden=300,
@@ -151,7 +148,7 @@ class TD3:
 
         self.max_action = self.actor.max_action
         self.discount, self.tau, self.policy_delay = discount, tau, policy_delay
-        self.squash_cost, self.max_q = squash_cost, max_q
+        self.squash_cost = squash_cost
         self.policy_noise = torch.as_tensor(policy_noise, dtype=torch.float32, device=device)
         self.noise_clip = torch.as_tensor(noise_clip, dtype=torch.float32, device=device)
         self.generator = generator
@@ -159,7 +156,7 @@ class TD3:
 
     @torch.no_grad()
     def target_q(self, reward, next_state, terminated):
-        """y = r + gamma (1 - terminated) min(Q1', Q2')(s', pi'(s') + clipped noise), <= max_q.
+        """y = r + gamma (1 - terminated) min(Q1', Q2')(s', pi'(s') + clipped noise).
 
         Only termination stops the bootstrap; a time limit is no termination.
         """
@@ -169,8 +166,7 @@ class TD3:
         # clipped to the range, as in TD3; in the authors' code it is not
         action = (action + noise).clamp(-self.max_action, self.max_action)
         q1, q2 = self.critic_target(next_state, action)
-        target = reward + self.discount * (1 - terminated.float()) * torch.min(q1, q2)
-        return target.clamp(max=self.max_q)
+        return reward + self.discount * (1 - terminated.float()) * torch.min(q1, q2)
 
     def update(self, batch):
         """One gradient step on the critics and, every policy_delay calls, on the actor.

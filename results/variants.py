@@ -84,9 +84,8 @@ class NoHierarchy(HIRO):
         only_in_range_units(self.config)
         super()._make_learners(task)
         scale, one = torch.tensor(task.observation_scale).float(), torch.ones(task.action_dim)
-        most = self.config.subgoal_steps * self.high.max_q
-        own = dict(privileged=self.privileged_dim, max_q=most)
-        self.low = self._learner(one, one, state_scale=scale, action_scale=one, **own)
+        own = dict(privileged=self.privileged_dim, state_scale=scale, action_scale=one)
+        self.low = self._learner(one, one, **own)
         self.low.squash_cost /= self.config.subgoal_steps  # one action moves Q by that much less
 
     def _make_buffers(self, task, num_envs):
@@ -288,7 +287,7 @@ class Representation(HIRO):
         one, scale = self.max_subgoal.cpu(), torch.tensor(task.observation_scale).float()
         sight = Sight(scale[: task.state_dim], len(one), self.config.hidden).to(self.device)
         scales = dict(state_scale=torch.cat([one, scale[task.state_dim :]]), action_scale=one)
-        own = dict(privileged=self.privileged_dim, max_q=self.high.max_q, sight=sight)
+        own = dict(privileged=self.privileged_dim, sight=sight)
         self.high = self._learner(one, one, SeeingTD3, **scales, **own)
 
     def swap_subgoals(self, batch):
