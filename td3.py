@@ -158,7 +158,7 @@ class TD3:
     def target_q(self, reward, next_state, terminated):
         """y = r + gamma (1 - terminated) min(Q1', Q2')(s', pi'(s') + clipped noise).
 
-        Only termination stops the bootstrap; a time limit is no termination.
+        Only termination stops the bootstrap; whether a time limit is one, the caller says.
         """
         action = self.actor_target(next_state)
         noise = torch.randn(action.shape, generator=self.generator, device=action.device)
