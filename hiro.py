@@ -87,8 +87,9 @@ class HIROConfig:
     high_uniform_steps: int = option(
         None, "steps with random subgoals, before the high level learns (default: the task's)"
     )
-    high_random: float = option(0.2, "share of uniformly random subgoals after that", most=1)
-    high_random_length: int = option(10, "segments that a random subgoal stays for, mean", 1)
+    high_random: float = option(
+        0.9, "after that: each segment's chance to prolong an episode's random start", most=1
+    )
     # Differs 8: where the state leaves out the block, a jammed one has the value of a free one
     privileged_critic: bool = option(
         True, "in training the high level's critic sees what the state leaves out: blocks"
@@ -317,6 +318,7 @@ class HIRO:
             for name in ("state", "subgoal", "states", "actions", "reward")
         }
         self.segment["random"] = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
+        self.segment["begins"] = torch.ones(num_envs, dtype=torch.bool, device=self.device)
 
     # ------------------------------------------------------------------ acting, to explore
 
@@ -325,23 +327,21 @@ class HIRO:
         """g_t [N, d]: mu^hi(s_t, target) with noise, clipped, or a uniformly random subgoal.
 
         Differs 3: until high_uniform_steps always a new random one, from which the low level
-        learns to walk. After that the choice between the two is made anew with probability 1 /
-        high_random_length, and then falls on a random one with probability high_random. Until the
-        next choice that one is set again and again, across episodes too: it leads where no single
-        one does.
+        learns to walk. After that an episode begins with a random one that is set again and
+        again, until a coin (high_random) says no: it leads where no single one does, and sets out
+        from the start, while from a dead end at which an episode waits nothing leads anywhere.
 
         fresh  [N]  which of them will be used
         """
         own = self._explore(self.policy.high(obs), self.high, self.high_noise)
-        share, length = self.config.high_random, self.config.high_random_length
+        begins, kept = self.segment["begins"], self.segment["subgoal"]
+        new = self._uniform(len(obs), self.high.max_action)
         if self.steps < self.config.high_uniform_steps:
-            share = length = 1
-        anew, coin = torch.rand(2, len(obs), generator=self.generator, device=self.device)
-        toss = anew < 1 / length
-        random = torch.where(toss, coin < share, self.segment["random"])
+            return new
+        coin = torch.rand(len(obs), generator=self.generator, device=self.device)
+        random = (begins | self.segment["random"]) & (coin < self.config.high_random)
         self.segment["random"] = torch.where(fresh, random, self.segment["random"])
-        new, kept = self._uniform(len(obs), self.high.max_action), self.segment["subgoal"]
-        return torch.where(random[:, None], torch.where(toss[:, None], new, kept), own)
+        return torch.where(random[:, None], torch.where(begins[:, None], new, kept), own)
 
     @torch.no_grad()
     def low_action(self, obs, subgoal):
@@ -385,6 +385,7 @@ class HIRO:
         It grows by one step; where ended [N], after c steps or with the episode, it is stored.
         clock  [N]  steps of the segment before this one
         """
+        self.segment["begins"] = done
         reward, terminated = self.at_limit(reward, terminated, done, self.config.subgoal_steps)
         segment, first = self.segment, clock == 0
         env = torch.arange(len(obs), device=self.device)

@@ -381,40 +381,42 @@ def test_exploration_noise_has_the_stated_scale_and_is_clipped__C_2():
 
 def test_each_level_starts_with_uniform_draws_for_as_long_as_it_is_told():
     N = 20_000
-    changes = dict(high_random_length=4, exploration_noise=0.0)
-    few = small(low_uniform_steps=10, high_uniform_steps=20, **changes)
+    few = small(low_uniform_steps=10, high_uniform_steps=20, exploration_noise=0.0)
     agent = HIRO(tasks.AntMaze, few, num_envs=N)
     obs, zero, fresh = torch.zeros(N, 32), torch.zeros(N, 15), torch.ones(N, dtype=torch.bool)
-    for agent.steps in range(80):
-        subgoal = agent.segment["subgoal"] = agent.high_action(obs, fresh)
-        if agent.steps in (0, 9, 10, 19, 79):  # at the last all have tossed again
-            for uniform, draw, scale in (
-                (agent.steps < 10, agent.low_action(obs, zero), torch.ones(8)),
-                (agent.steps < 20, subgoal, torch.tensor(ANT_RANGE)),
-            ):
-                quarters = torch.tensor([0.0, 0.25, 0.5, 0.75, 1])
-                quartiles = torch.quantile(draw / scale, quarters, dim=0)
-                expected = (2 * quarters - 1)[:, None].expand_as(quartiles)
-                torch.testing.assert_close(quartiles, uniform * expected, atol=0.03, rtol=0)
+    for agent.steps in (0, 9, 10, 19, 20):
+        for uniform, draw, scale in (
+            (agent.steps < 10, agent.low_action(obs, zero), torch.ones(8)),
+            (agent.steps < 20, agent.high_action(obs, fresh), torch.tensor(ANT_RANGE)),
+        ):
+            quarters = torch.tensor([0.0, 0.25, 0.5, 0.75, 1])
+            quartiles = torch.quantile(draw / scale, quarters, dim=0)
+            expected = (2 * quarters - 1)[:, None].expand_as(quartiles)
+            torch.testing.assert_close(quartiles, uniform * expected, atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("uniform_steps, share, kept", [(0, 0.3, 0.75), (99, 1.0, 0.0)])
-def test_random_subgoals_stay_the_same_for_a_while(uniform_steps, share, kept):
-    N, changes = 20_000, dict(high_random=0.3, high_random_length=4, exploration_noise=0.0)
-    few = small(high_uniform_steps=uniform_steps, **changes)
-    agent = HIRO(tasks.PointMaze, few, num_envs=N)
-    obs, fresh = randn(N, 7), torch.arange(N) % 4 > 0
-    own, before, random = agent.policy.high(obs), torch.zeros(N, 2), None
-    for agent.steps in range(16):  # .75^15 is .01: what is drawn now does not know of the start
-        was_random, subgoal = random, agent.high_action(obs, fresh)
-        random = (subgoal != own).all(1)
-        repeated = (subgoal == before).all(1)
-        agent.segment["subgoal"] = before = subgoal
-    assert not agent.segment["random"][~fresh].any()  # their turn to draw has not come
-    assert abs(random[fresh].float().mean() - share) < 0.02
-    assert torch.equal(subgoal[~random], own[~random])
-    assert ((subgoal[random] / 5).std(0) - 3**-0.5).abs().max() < 0.02  # uniform in ±5
-    assert abs(repeated[fresh & was_random].float().mean() - kept) < 0.02
+def test_episodes_begin_with_a_random_subgoal_that_stays_for_a_while(learn):
+    few = small(high_random=0.6, exploration_noise=0.0, subgoal_steps=1, start_steps=9999)
+    agent = HIRO(ClockTask, few, num_envs=4)
+    learn(agent, 6000)
+    rows, episodes = agent.high_buffer.rows(), {}
+    random = (rows["subgoal"] - agent.policy.high(rows["state"])).abs().amax(1) > 1e-4
+    where = rows["state"][:, 2:4].tolist()  # episode, copy
+    for key, subgoal, drawn in zip(where, rows["subgoal"].tolist(), random, strict=True):
+        episodes.setdefault(tuple(key), []).append(subgoal if drawn else None)
+    firsts, lengths = set(), []
+    for subgoals in episodes.values():
+        lengths.append(subgoals.index(None) if None in subgoals else len(subgoals))
+        assert all(subgoal == subgoals[0] for subgoal in subgoals[: lengths[-1]])
+        assert not any(subgoals[lengths[-1] :])  # never again in this episode
+        firsts |= {tuple(subgoals[0] or ())}
+    for least in range(3):  # geometric
+        more = np.mean([length > least for length in lengths])
+        assert abs(more - 0.6 ** (least + 1)) < 0.06
+    drawn = np.array(list(firsts - {()})) / 5
+    assert len(drawn) == sum(length > 0 for length in lengths)  # each episode has its own
+    quartiles = np.quantile(drawn, [0.25, 0.5, 0.75], axis=0)
+    np.testing.assert_allclose(quartiles, [[-0.5] * 2, [0.0] * 2, [0.5] * 2], atol=0.2)
 
 
 # ------------------------------------------------------------ 3.1, 3.3 learning
@@ -532,7 +534,7 @@ DEFAULT = {
     **dict(actor_lr=1e-4, critic_lr=1e-3),
     **dict(low_reward_scale=0.1, high_reward_scale=None, high_update_every=3),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
-    **dict(num_candidates=10, low_relabel=0.5, high_random=0.2, high_random_length=10),
+    **dict(num_candidates=10, low_relabel=0.5, high_random=0.9),
     **dict(privileged_critic=True, squash_cost=0.01, bootstrap_at_limit=False),
 }
 PAPER = {  # appendix C and the authors' code
