@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from envs import AntFall
+from envs import AntFall, AntMaze, AntPush
 from results import walk
 
 
@@ -24,3 +24,9 @@ def test_an_ant_of_fall_sees_the_ground_where_its_platform_is():
     z = np.arange(len(plain)) == 2
     assert np.array_equal(plain[~z], raised[~z])
     assert np.isclose(raised[2], plain[2] + 4) and np.isclose(raised[2], on_platform[2])
+
+
+def test_push_s_and_fall_s_ants_walk_on_ground_as_hard_as_theirs():
+    for task, ground in ((AntPush, walk.Hard), (AntFall, walk.Raised), (AntMaze, walk.Plain)):
+        there, here = (kind().model.geom_solimp[:, :3] for kind in (task, ground))
+        assert np.array_equal(here, np.broadcast_to(there[0], here.shape))

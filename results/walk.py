@@ -24,8 +24,18 @@ class Plain(AntMaze):
     maze, max_steps = "\nR", 200
 
 
-class Raised(Plain):
-    """The same ground, seen as high up as the platform on which AntFall's ants learn to walk."""
+class Hard(Plain):
+    """Ground as hard as in AntPush and AntFall, where ants turn over more often."""
+
+    def _build(self):
+        spec = super()._build()
+        for geom in spec.geoms:
+            geom.solimp[:3] = (0.995, 0.995, 0.01)
+        return spec
+
+
+class Raised(Hard):
+    """The same, seen as high up as the platform on which AntFall's ants learn to walk."""
 
     def _observation(self):
         obs = super()._observation()
@@ -76,7 +86,7 @@ def main(paths):
         policy, step = Policy.from_state_dict(saved["latest"]["policy"]), saved["latest"]["step"]
         if policy.state_dim != AntMaze.state_dim:
             raise UserError(f"{path} is a policy for {saved['env']}, which has no ant")
-        ground = Raised if saved["env"] == "AntFall" else Plain
+        ground = {"AntPush": Hard, "AntFall": Raised}.get(saved["env"], Plain)
         envs = make_envs(ground, ANTS, evaluate=True)
         for distance in DISTANCES:
             speed, falls, seconds = walk(policy, envs, distance)
