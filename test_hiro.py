@@ -395,6 +395,24 @@ def test_each_level_starts_with_uniform_draws_for_as_long_as_it_is_told():
             torch.testing.assert_close(quartiles, uniform * expected, atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("uniform_steps, kept", [(0, 0.75), (99, 0.0)])
+def test_random_subgoals_stay_where_it_is_their_turn_and_not_in_school(uniform_steps, kept):
+    N, changes = 20_000, dict(high_random=0.75, exploration_noise=0.0)
+    agent = HIRO(tasks.PointMaze, small(high_uniform_steps=uniform_steps, **changes), num_envs=N)
+    obs, fresh = randn(N, 7), torch.arange(N) % 4 > 0
+    own, subgoals = agent.policy.high(obs), []
+    for first in (True, False):
+        agent.segment["begins"] = torch.full((N,), first)
+        agent.segment["subgoal"] = agent.high_action(obs, fresh)
+        subgoals.append(agent.segment["subgoal"])
+    assert not agent.segment["random"][~fresh].any()  # their turn to draw has not come
+    before, subgoal = subgoals
+    was_random, random = ((drawn != own).all(1) for drawn in subgoals)
+    assert ((subgoal[random] / 5).std(0) - 3**-0.5).abs().max() < 0.02  # uniform in ±5
+    repeated = (subgoal == before).all(1)
+    assert abs(repeated[fresh & was_random].float().mean() - kept) < 0.02
+
+
 def test_episodes_begin_with_a_random_subgoal_that_stays_for_a_while(learn):
     few = small(high_random=0.6, exploration_noise=0.0, subgoal_steps=1, start_steps=9999)
     agent = HIRO(ClockTask, few, num_envs=4)
