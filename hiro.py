@@ -87,8 +87,14 @@ class HIROConfig:
     high_uniform_steps: int = option(
         None, "steps with random subgoals, before the high level learns (default: the task's)"
     )
-    high_random: float = option(
-        0.9, "after that: each segment's chance to prolong an episode's random start", most=1
+    high_random_first: float = option(
+        0.5, "after that: chance that an episode begins with a random subgoal", most=1
+    )
+    high_random_again: float = option(
+        0.02, "chance of a random subgoal after one of the high level's own", most=1
+    )
+    high_random_stays: float = option(
+        0.9, "chance that a random subgoal is set for one more segment", most=1
     )
     # Differs 8: where the state leaves out the block, a jammed one has the value of a free one
     privileged_critic: bool = option(
@@ -98,7 +104,7 @@ class HIROConfig:
     squash_cost: float = option(0.01, "factor on the squares of an actor's outputs before tanh")
     # Differs 9: a Q past the limit is one that no transition ever corrects
     bootstrap_at_limit: bool = option(
-        False, "a time limit's value is the high level's Q, not its last reward for ever (C.2)"
+        True, "a time limit's value is the high level's Q, not its last reward for ever (C.2)"
     )
     # Differs 6: at the paper's pace the high level does not learn what its buffer already says
     high_update_every: int = option(3, "low-level updates per high-level update (C.2)", 1)
@@ -123,10 +129,10 @@ PRESETS = {
         start_steps=2_500,
         low_uniform_steps=0,
         high_uniform_steps=0,
-        high_random=0.0,
+        high_random_first=0.0,
+        high_random_again=0.0,
         privileged_critic=False,
         squash_cost=0.0,
-        bootstrap_at_limit=True,
     ),
 }
 
@@ -327,21 +333,24 @@ class HIRO:
         """g_t [N, d]: mu^hi(s_t, target) with noise, clipped, or a uniformly random subgoal.
 
         Differs 3: until high_uniform_steps always a new random one, from which the low level
-        learns to walk. After that an episode begins with a random one that is set again and
-        again, until a coin (high_random) says no: it leads where no single one does, and sets out
-        from the start, while from a dead end at which an episode waits nothing leads anywhere.
+        learns to walk. After that every other episode begins with a random one that is set again
+        and again, until a coin (high_random_stays) says no: it leads where no single one does, and
+        sets out from the start, while from a dead end at which an episode waits nothing leads
+        anywhere. In mid-episode one begins now and then, for what is far from the start.
 
         fresh  [N]  which of them will be used
         """
         own = self._explore(self.policy.high(obs), self.high, self.high_noise)
-        begins, kept = self.segment["begins"], self.segment["subgoal"]
+        config, begins, kept = self.config, self.segment["begins"], self.segment["subgoal"]
         new = self._uniform(len(obs), self.high.max_action)
-        if self.steps < self.config.high_uniform_steps:
+        if self.steps < config.high_uniform_steps:
             return new
         coin = torch.rand(len(obs), generator=self.generator, device=self.device)
-        random = (begins | self.segment["random"]) & (coin < self.config.high_random)
+        stays = self.segment["random"] & ~begins
+        chance = torch.where(stays, config.high_random_stays, config.high_random_again)
+        random = coin < torch.where(begins, config.high_random_first, chance)
         self.segment["random"] = torch.where(fresh, random, self.segment["random"])
-        return torch.where(random[:, None], torch.where(begins[:, None], new, kept), own)
+        return torch.where(random[:, None], torch.where(stays[:, None], kept, new), own)
 
     @torch.no_grad()
     def low_action(self, obs, subgoal):

@@ -41,7 +41,7 @@ def stir(network, size=0.3, seed=3):
 def small(**changes):
     """An agent's configuration that learns nothing useful, quickly."""
     few = dict(hidden=16, batch_size=8, start_steps=40, low_uniform_steps=0, high_uniform_steps=0)
-    few |= dict(high_random=0.0, low_relabel=0.0)
+    few |= dict(high_random_first=0.0, high_random_again=0.0, low_relabel=0.0)
     return HIROConfig(**{**few, **changes})
 
 
@@ -356,7 +356,8 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
 def test_a_time_limit_is_an_end_with_the_last_reward_for_ever(lasts, learn, monkeypatch):
     """Of the stay that follows, 2,000 segments are summed by hand: .9 to that power is nothing."""
     monkeypatch.setattr(ClockTask, "reward_lasts", lasts)
-    agent = HIRO(ClockTask, small(subgoal_steps=6, discount=0.9, high_reward_scale=1.0))
+    few = dict(subgoal_steps=6, discount=0.9, high_reward_scale=1.0, bootstrap_at_limit=False)
+    agent = HIRO(ClockTask, small(**few))
     learn(agent, 20 + 13 + 20, ClockTask)  # cut off, terminated, cut off; step t's reward is 1 + t
     high = agent.high_buffer.rows()
     stay = sum(0.9**k * 6 * 21 for k in range(1, 2000)) if lasts else 0
@@ -395,14 +396,21 @@ def test_each_level_starts_with_uniform_draws_for_as_long_as_it_is_told():
             torch.testing.assert_close(quartiles, uniform * expected, atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("uniform_steps, kept", [(0, 0.75), (99, 0.0)])
-def test_random_subgoals_stay_where_it_is_their_turn_and_not_in_school(uniform_steps, kept):
-    N, changes = 20_000, dict(high_random=0.75, exploration_noise=0.0)
+RANDOM = dict(high_random_first=0.4, high_random_again=0.2, high_random_stays=0.75)
+
+
+@pytest.mark.parametrize(
+    "uniform_steps, first, again, kept", [(0, *RANDOM.values()), (99, 1.0, 1.0, 0.0)]
+)
+def test_random_subgoals_stay_where_it_is_their_turn_and_not_in_school(
+    uniform_steps, first, again, kept
+):
+    N, changes = 20_000, dict(RANDOM, exploration_noise=0.0)
     agent = HIRO(tasks.PointMaze, small(high_uniform_steps=uniform_steps, **changes), num_envs=N)
     obs, fresh = randn(N, 7), torch.arange(N) % 4 > 0
     own, subgoals = agent.policy.high(obs), []
-    for first in (True, False):
-        agent.segment["begins"] = torch.full((N,), first)
+    for begins in (True, False):
+        agent.segment["begins"] = torch.full((N,), begins)
         agent.segment["subgoal"] = agent.high_action(obs, fresh)
         subgoals.append(agent.segment["subgoal"])
     assert not agent.segment["random"][~fresh].any()  # their turn to draw has not come
@@ -410,12 +418,18 @@ def test_random_subgoals_stay_where_it_is_their_turn_and_not_in_school(uniform_s
     was_random, random = ((drawn != own).all(1) for drawn in subgoals)
     assert ((subgoal[random] / 5).std(0) - 3**-0.5).abs().max() < 0.02  # uniform in ±5
     repeated = (subgoal == before).all(1)
-    assert abs(repeated[fresh & was_random].float().mean() - kept) < 0.02
+    for happened, where, chance in (
+        (was_random, fresh, first),
+        (random, fresh & ~was_random, again),
+        (repeated, fresh & was_random, kept),
+    ):
+        assert not where.any() or abs(happened[where].float().mean() - chance) < 0.02
 
 
 def test_episodes_begin_with_a_random_subgoal_that_stays_for_a_while(learn):
-    few = small(high_random=0.6, exploration_noise=0.0, subgoal_steps=1, start_steps=9999)
-    agent = HIRO(ClockTask, few, num_envs=4)
+    few = dict(high_random_first=0.8, high_random_again=0.0, high_random_stays=0.6)
+    few |= dict(exploration_noise=0.0, subgoal_steps=1, start_steps=9999)
+    agent = HIRO(ClockTask, small(**few), num_envs=4)
     learn(agent, 6000)
     rows, episodes = agent.high_buffer.rows(), {}
     random = (rows["subgoal"] - agent.policy.high(rows["state"])).abs().amax(1) > 1e-4
@@ -430,7 +444,7 @@ def test_episodes_begin_with_a_random_subgoal_that_stays_for_a_while(learn):
         firsts |= {tuple(subgoals[0] or ())}
     for least in range(3):  # geometric
         more = np.mean([length > least for length in lengths])
-        assert abs(more - 0.6 ** (least + 1)) < 0.06
+        assert abs(more - 0.8 * 0.6**least) < 0.06
     drawn = np.array(list(firsts - {()})) / 5
     assert len(drawn) == sum(length > 0 for length in lengths)  # each episode has its own
     quartiles = np.quantile(drawn, [0.25, 0.5, 0.75], axis=0)
@@ -552,15 +566,16 @@ DEFAULT = {
     **dict(actor_lr=1e-4, critic_lr=1e-3),
     **dict(low_reward_scale=0.1, high_reward_scale=None, high_update_every=3),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
-    **dict(num_candidates=10, low_relabel=0.5, high_random=0.9),
-    **dict(privileged_critic=True, squash_cost=0.01, bootstrap_at_limit=False),
+    **dict(num_candidates=10, low_relabel=0.5, privileged_critic=True),
+    **dict(high_random_first=0.5, high_random_again=0.02, high_random_stays=0.9),
+    **dict(squash_cost=0.01, bootstrap_at_limit=True),
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", exploration_noise=1.0),
     **dict(high_update_every=10, low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
-    **dict(low_relabel=0.0, high_random=0.0, privileged_critic=False),
-    **dict(squash_cost=0.0, bootstrap_at_limit=True),
+    **dict(low_relabel=0.0, privileged_critic=False, squash_cost=0.0),
+    **dict(high_random_first=0.0, high_random_again=0.0),
 }
 
 

@@ -262,9 +262,11 @@ def test_resume_says_what_is_not_as_it_was(folder):
 
 
 def test_resume_refuses_settings_that_another_version_did_not_have(folder):
-    edit(folder / "config.json", lambda config: config["algorithm"].pop("high_random"))
+    edit(folder / "config.json", lambda config: config["algorithm"].pop("high_random_first"))
     before = (folder / "config.json").read_bytes()
-    assert "high_random was another setting" in one_line("--resume", folder, "--total-steps 600")
+    assert "high_random_first was another setting" in one_line(
+        "--resume", folder, "--total-steps 600"
+    )
     assert (folder / "config.json").read_bytes() == before
 
 
@@ -660,7 +662,7 @@ BAD_INPUTS = {
     POINT + "--num-envs 9 --buffer-size 8": "--num-envs 9: must not exceed",
     POINT + "--num-envs 4 --start-steps 39": "must be at least 40",
     POINT + "--num-candidates 1": "must be at least 2",
-    POINT + "--high-random 1.5": "must be between 0 and 1",
+    POINT + "--high-random-first 1.5": "must be between 0 and 1",
     POINT + "--discount 1.5": "--discount 1.5: must be between 0 and 0.9999",
     POINT + "--tau 0": "--tau 0.0: must be above 0, at most 1",
     POINT + "--tau nan": "must be above 0, at most 1",

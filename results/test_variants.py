@@ -14,7 +14,7 @@ import test_hiro
 import train
 from results import variants
 
-CONFIG = test_hiro.small(high_uniform_steps=100, low_relabel=0.5, high_random=0.2)
+CONFIG = test_hiro.small(high_uniform_steps=100, low_relabel=0.5, high_random_again=0.2)
 learn = test_hiro.learn  # the fixture
 
 
