@@ -102,10 +102,6 @@ class HIROConfig:
     )
     # Differs 7: tanh passes no gradient back from a corner; what Q leaves open is to be near 0
     squash_cost: float = option(0.01, "factor on the squares of an actor's outputs before tanh")
-    # Differs 9: a Q past the limit is one that no transition ever corrects
-    bootstrap_at_limit: bool = option(
-        True, "a time limit's value is the high level's Q, not its last reward for ever (C.2)"
-    )
     # Differs 6: at the paper's pace the high level does not learn what its buffer already says
     high_update_every: int = option(3, "low-level updates per high-level update (C.2)", 1)
     correction: bool = option(True, "relabel subgoals, the off-policy correction (3.3)")
@@ -241,7 +237,6 @@ class HIRO:
         self.max_subgoal = torch.tensor(task.max_subgoal, device=self.device).float()
         # entries that an observation in training has at its end, besides what policies see
         self.privileged_dim = task.privileged_dim if self.config.privileged_critic else 0
-        self.reward_lasts = task.reward_lasts
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self._make_learners(task)
@@ -395,7 +390,6 @@ class HIRO:
         clock  [N]  steps of the segment before this one
         """
         self.segment["begins"] = done
-        reward, terminated = self.at_limit(reward, terminated, done, self.config.subgoal_steps)
         segment, first = self.segment, clock == 0
         env = torch.arange(len(obs), device=self.device)
         segment["states"][env, clock] = obs[:, : self.policy.state_dim]
@@ -416,22 +410,6 @@ class HIRO:
                 next_state=next_obs[ended],
                 terminated=terminated[ended],
             )
-
-    def at_limit(self, reward, terminated, done, steps):
-        """Differs 9: a time limit ends the episode, and the last reward goes on for ever.
-
-        As time is part of the state, a limit's Q would be one that no transition ever corrects.
-        reward, terminated, done  [N]  of one step
-        steps    environment steps of a transition, to each of which the discount applies
-        returns  reward [N] with the discounted sum of those left out (tasks' reward_lasts) and
-                 terminated [N], now true of limits too
-        """
-        if self.config.bootstrap_at_limit:
-            return reward, terminated
-        if self.reward_lasts:
-            rest = steps * self.config.discount / (1 - self.config.discount)
-            reward = reward + rest * reward * (done & (terminated == 0))
-        return reward, done.float()
 
     # ------------------------------------------------------------------ learning
 

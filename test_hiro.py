@@ -300,7 +300,7 @@ def test_buffer_state_holds_what_was_written_and_nothing_else():
 @pytest.mark.parametrize("num_envs, c", [(1, 5), (3, 6)])  # 5 divides the episode's 20 steps
 def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
     changes = dict(subgoal_steps=c, start_steps=10**6, exploration_noise=0.0)
-    changes |= dict(low_reward_scale=0.5, high_reward_scale=0.1, bootstrap_at_limit=True)
+    changes |= dict(low_reward_scale=0.5, high_reward_scale=0.1)
     agent = HIRO(ClockTask, small(**changes), num_envs)
     low_actor, high_actor = agent.low.actor_target, agent.high.actor_target
     stir(low_actor), stir(high_actor)
@@ -350,21 +350,6 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
         }.items():
             np.testing.assert_array_equal(row[name], value)
         assert math.isclose(row["reward"], 0.1 * sum(rewards), rel_tol=1e-6)
-
-
-@pytest.mark.parametrize("lasts", [True, False])
-def test_a_time_limit_is_an_end_with_the_last_reward_for_ever(lasts, learn, monkeypatch):
-    """Of the stay that follows, 2,000 segments are summed by hand: .9 to that power is nothing."""
-    monkeypatch.setattr(ClockTask, "reward_lasts", lasts)
-    few = dict(subgoal_steps=6, discount=0.9, high_reward_scale=1.0, bootstrap_at_limit=False)
-    agent = HIRO(ClockTask, small(**few))
-    learn(agent, 20 + 13 + 20, ClockTask)  # cut off, terminated, cut off; step t's reward is 1 + t
-    high = agent.high_buffer.rows()
-    stay = sum(0.9**k * 6 * 21 for k in range(1, 2000)) if lasts else 0
-    cut_off = [2 + 3 + 4 + 5 + 6 + 7, 27 + 36, 63 + 36, 20 + 21 + stay]
-    terminated = [27, 63, 14]
-    torch.testing.assert_close(high["reward"], torch.tensor(cut_off + terminated + cut_off).float())
-    assert high["terminated"].tolist() == [0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 1]
 
 
 def test_exploration_noise_has_the_stated_scale_and_is_clipped__C_2():
@@ -568,7 +553,7 @@ DEFAULT = {
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, low_relabel=0.5, privileged_critic=True),
     **dict(high_random_first=0.5, high_random_again=0.02, high_random_stays=0.9),
-    **dict(squash_cost=0.01, bootstrap_at_limit=True),
+    **dict(squash_cost=0.01),
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", exploration_noise=1.0),
@@ -741,11 +726,11 @@ def make(name, **kwargs):
 STATE = 15 * [1] + 14 * [0.2] + [1]
 ANT = dict(state_dim=30, action_dim=8, low_blind=2, max_subgoal=ANT_RANGE, action_unit=30)
 ANT |= dict(max_steps=500, total_steps=10**7, high_uniform_steps=300_000, score="success_rate")
-ANT |= dict(high_reward_scale=3e-4, reward_lasts=True)
+ANT |= dict(high_reward_scale=3e-4)
 ANT |= dict(observation_scale=STATE + [1, 1])
 POINT = dict(state_dim=5, action_dim=2, low_blind=2, max_subgoal=[5, 5], action_unit=4)
 POINT |= dict(max_steps=300, total_steps=10**5, high_uniform_steps=20_000, score="success_rate")
-POINT |= dict(high_reward_scale=3e-4, reward_lasts=True)
+POINT |= dict(high_reward_scale=3e-4)
 POINT |= dict(observation_scale=[1, 1, 0.2, 0.2, 1, 1, 1])
 ATTRIBUTES = {
     "AntMaze": ANT,
@@ -753,7 +738,7 @@ ATTRIBUTES = {
     "AntFall": dict(ANT, observation_scale=STATE + [1, 1, 1]),
     "AntGather": ANT
     | dict(observation_scale=STATE + 20 * [1], score="return")
-    | dict(high_reward_scale=0.3, reward_lasts=False),
+    | dict(high_reward_scale=0.3),
     "PointMaze": POINT,
     "PointPush": dict(POINT, action_unit=2, total_steps=150_000),
 }

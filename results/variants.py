@@ -102,7 +102,6 @@ class NoHierarchy(HIRO):
     def remember_segment(
         self, clock, obs, subgoal, action, reward, next_obs, terminated, done, ended
     ):
-        reward, terminated = self.at_limit(reward, terminated, done, 1)
         reward = self.config.subgoal_steps * self.config.high_reward_scale * reward
         row = dict(state=obs, action=action, reward=reward, next_state=next_obs)
         self.low_buffer.add(**row, terminated=terminated)
