@@ -14,6 +14,7 @@ What HIRO must know of a task stands in its class attributes:
                        out and the high level's critic sees in training
     action_unit        what action 1.0 means: torque (ant) or m/s (point)
     high_reward_scale  factor that brings the high level's Q, the discounted return, to order one
+    reward_lasts       whether a reward would go on at every step if nothing moved, as a distance
     score              what makes one policy better than another: success_rate or return
     total_steps        environment steps of one training run
     high_uniform_steps environment steps at its start with uniformly random subgoals, until the
@@ -58,6 +59,7 @@ class AntMaze(gymnasium.Env):
     privileged_dim = 0
     action_unit = 30.0
     high_reward_scale = 0.0003
+    reward_lasts = True
     score = "success_rate"
     total_steps = 10_000_000
     high_uniform_steps = 300_000
@@ -362,6 +364,7 @@ class AntGather(AntMaze):
     score = "return"
     maze = "\nR"
     num_each = 8
+    reward_lasts = False
     # Differs 10: the paper gives neither the readings nor the cost of dying
     bins, sensor_range = 10, 6.0
 

@@ -235,6 +235,7 @@ class HIRO:
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.max_subgoal = torch.tensor(task.max_subgoal, device=self.device).float()
+        self.reward_lasts = task.reward_lasts
         # entries that an observation in training has at its end, besides what policies see
         self.privileged_dim = task.privileged_dim if self.config.privileged_critic else 0
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
@@ -311,6 +312,7 @@ class HIRO:
             "reward": (),
             "next_state": (seen,),  # at t + c
             "terminated": (),
+            "floor": (),  # of Q at t + c
         }
         self.low_buffer = ReplayBuffer(config.buffer_size, low_fields, **kwargs)
         self.high_buffer = ReplayBuffer(config.buffer_size, high_fields, **kwargs)
@@ -409,7 +411,19 @@ class HIRO:
                 reward=self.config.high_reward_scale * segment["reward"][ended],
                 next_state=next_obs[ended],
                 terminated=terminated[ended],
+                floor=self.value_of_staying(reward)[ended],
             )
+
+    def value_of_staying(self, reward):
+        """Differs 9: what a state is worth at least, its reward [N] going on for ever.
+
+        It tells the critic at once that a target is good to be at, which bootstrapping from a Q
+        of no experience takes long to find out. Where rewards are for events it is 0.
+        """
+        if not self.reward_lasts:
+            return torch.zeros_like(reward)
+        segments = 1 / (1 - self.config.discount)
+        return self.config.high_reward_scale * self.config.subgoal_steps * segments * reward
 
     # ------------------------------------------------------------------ learning
 

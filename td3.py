@@ -155,10 +155,11 @@ class TD3:
         self.updates = 0
 
     @torch.no_grad()
-    def target_q(self, reward, next_state, terminated):
+    def target_q(self, reward, next_state, terminated, floor=None):
         """y = r + gamma (1 - terminated) min(Q1', Q2')(s', pi'(s') + clipped noise).
 
-        Only termination stops the bootstrap; whether a time limit is one, the caller says.
+        Only termination stops the bootstrap; a time limit is none.
+        floor  [B]  the least that min(Q1', Q2') can be
         """
         action = self.actor_target(next_state)
         noise = torch.randn(action.shape, generator=self.generator, device=action.device)
@@ -166,7 +167,8 @@ class TD3:
         # clipped to the range, as in TD3; in the authors' code it is not
         action = (action + noise).clamp(-self.max_action, self.max_action)
         q1, q2 = self.critic_target(next_state, action)
-        return reward + self.discount * (1 - terminated.float()) * torch.min(q1, q2)
+        q = torch.min(q1, q2) if floor is None else torch.min(q1, q2).maximum(floor)
+        return reward + self.discount * (1 - terminated.float()) * q
 
     def update(self, batch):
         """One gradient step on the critics and, every policy_delay calls, on the actor.
@@ -179,7 +181,8 @@ class TD3:
             if batch[name].dim() != 1:
                 raise ValueError(f"{name} has shape {list(batch[name].shape)}, it must be [B]")
         self.updates += 1
-        target = self.target_q(batch["reward"], batch["next_state"], batch["terminated"])
+        after = batch["next_state"], batch["terminated"], batch.get("floor")
+        target = self.target_q(batch["reward"], *after)
         q1, q2 = self.critic(batch["state"], batch["action"])
         critic_loss = F.huber_loss(q1, target) + F.huber_loss(q2, target)
         self.critic_optimizer.zero_grad(set_to_none=False)

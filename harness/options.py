@@ -208,7 +208,7 @@ def interval(least, most):
 NEEDED = (  # attributes of a task's class; envs.py says what they are
     *("state_dim", "privileged_dim", "action_dim", "low_blind", "max_subgoal"),
     *("observation_scale", "action_unit", "high_reward_scale", "score"),
-    *("total_steps", "high_uniform_steps", "get_state", "set_state"),
+    *("reward_lasts", "total_steps", "high_uniform_steps", "get_state", "set_state"),
 )
 
 

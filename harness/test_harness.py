@@ -731,7 +731,7 @@ import numpy as np
 class Mine(gymnasium.Env):
     state_dim, action_dim, low_blind, privileged_dim, action_unit = 2, 1, 1, 0, 1.0
     max_subgoal, observation_scale = np.ones(1), np.ones(3)
-    high_reward_scale, score = 1.0, "return"
+    high_reward_scale, reward_lasts, score = 1.0, True, "return"
     total_steps, high_uniform_steps = 60, 0
     observation_space = gymnasium.spaces.Box(-99, 99, (3,), np.float32)
     action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
