@@ -102,6 +102,10 @@ class HIROConfig:
     )
     # Differs 7: tanh passes no gradient back from a corner; what Q leaves open is to be near 0
     squash_cost: float = option(0.01, "factor on the squares of an actor's outputs before tanh")
+    # Differs 9: bootstrapping alone takes long to find out that a target is good to be at
+    stay_floor: bool = option(
+        True, "the high level's targets take a state for worth its reward for ever at least"
+    )
     # Differs 6: at the paper's pace the high level does not learn what its buffer already says
     high_update_every: int = option(3, "low-level updates per high-level update (C.2)", 1)
     correction: bool = option(True, "relabel subgoals, the off-policy correction (3.3)")
@@ -129,6 +133,7 @@ PRESETS = {
         high_random_again=0.0,
         privileged_critic=False,
         squash_cost=0.0,
+        stay_floor=False,
     ),
 }
 
@@ -415,14 +420,13 @@ class HIRO:
             )
 
     def value_of_staying(self, reward):
-        """Differs 9: what a state is worth at least, its reward [N] going on for ever.
+        """Differs 9: the least that a state is worth [N]: its reward [N] for ever.
 
-        It tells the critic at once that a target is good to be at, which bootstrapping from a Q
-        of no experience takes long to find out. Where rewards are for events it is 0.
+        Where rewards are for events (tasks' reward_lasts) that is 0; without a floor it is -inf.
         """
-        if not self.reward_lasts:
-            return torch.zeros_like(reward)
-        segments = 1 / (1 - self.config.discount)
+        if not self.config.stay_floor:
+            return torch.full_like(reward, -torch.inf)
+        segments = self.reward_lasts / (1 - self.config.discount)
         return self.config.high_reward_scale * self.config.subgoal_steps * segments * reward
 
     # ------------------------------------------------------------------ learning

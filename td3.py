@@ -174,10 +174,11 @@ class TD3:
         """One gradient step on the critics and, every policy_delay calls, on the actor.
 
         batch    state [B, S + U], action [B, A], reward [B], next_state [B, S + U], terminated [B]
-                 (0, 1 or bool); raises ValueError for a reward or flag that would broadcast
+                 (0, 1 or bool) and, if there is one, floor [B] (see target_q); raises ValueError
+                 for a reward, flag or floor that would broadcast
         returns  metrics: scalar tensors, still on the device; of the actor when it was updated
         """
-        for name in ("reward", "terminated"):
+        for name in {"reward", "terminated", "floor"} & batch.keys():
             if batch[name].dim() != 1:
                 raise ValueError(f"{name} has shape {list(batch[name].shape)}, it must be [B]")
         self.updates += 1

@@ -189,14 +189,15 @@ def test_updates_equal_a_naive_td3__2_1():
 
     for update in range(1, 6):
         batch, loss = td3_batch(seed=update), 0.0
+        floor = randn(32, seed=update) if update > 2 else torch.full((32,), -torch.inf)
         expected = {"q": q(critic, batch["state"], batch["action"])[0].mean().item()}
         noise = torch.randn(32, 2, generator=generator)
         for i in range(32):
             state, action, reward, next_state, terminated = (part[i] for part in batch.values())
             smoothing = (std * noise[i]).minimum(clip).maximum(-clip)
             next_action = (mu(actor_target, next_state) + smoothing).minimum(high).maximum(-high)
-            bootstrap = 0.9 * min(q(critic_target, next_state, next_action)).item()
-            target = float(reward) + (0.0 if terminated else bootstrap)
+            bootstrap = max(min(q(critic_target, next_state, next_action)), floor[i]).item()
+            target = float(reward) + (0.0 if terminated else 0.9 * bootstrap)
             for value in q(critic, state, action):
                 error = abs(value - target)  # Huber
                 loss = loss + (error**2 / 2 if error < 1 else error - 0.5) / 32
@@ -214,7 +215,8 @@ def test_updates_equal_a_naive_td3__2_1():
             for online, target in ((actor, actor_target), (critic, critic_target)):
                 for new, old in zip(online.parameters(), target.parameters(), strict=True):
                     old.data = 0.75 * old.data + 0.25 * new.data
-        found = {name: value.item() for name, value in td3.update(batch).items()}
+        more = {"floor": floor} if update > 2 else {}
+        found = {name: value.item() for name, value in td3.update(batch | more).items()}
         assert found == pytest.approx(expected, 1e-4)
         for part, network in zip(parts, naive, strict=True):
             found, wanted = getattr(td3, part).parameters(), network.parameters()
@@ -227,9 +229,9 @@ def test_update_takes_boolean_flags_and_refuses_what_would_broadcast():
     for terminated in batch["terminated"], batch["terminated"].bool():
         losses.append(learner().update({**batch, "terminated": terminated})["critic_loss"])
     assert losses[0] == losses[1]
-    for name in ("reward", "terminated"):
+    for name in ("reward", "terminated", "floor"):
         with pytest.raises(ValueError, match=name):
-            learner().update({**batch, name: batch[name][:, None]})
+            learner().update({**batch, name: torch.zeros(32, 1)})
 
 
 def test_networks_have_the_paper_s_shape_and_initialisation__C_1():
@@ -350,6 +352,20 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
         }.items():
             np.testing.assert_array_equal(row[name], value)
         assert math.isclose(row["reward"], 0.1 * sum(rewards), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"reward_lasts": False}, {"stay_floor": False}])
+def test_a_state_is_worth_at_least_its_reward_for_ever(changes, learn, monkeypatch):
+    """Of the stay, 2,000 segments are summed by hand: .9 to that power is nothing."""
+    few = dict(subgoal_steps=6, discount=0.9, high_reward_scale=0.5, start_steps=10**6)
+    monkeypatch.setattr(ClockTask, "reward_lasts", changes.pop("reward_lasts", True))
+    agent = HIRO(ClockTask, small(**few, **changes))
+    learn(agent, 20 + 13, ClockTask)  # cut off, terminated; step t's reward is 1 + t
+    last = torch.tensor([7.0, 13, 19, 21, 7, 13, 14])
+    stay = sum(0.9**k * 0.5 * 6 for k in range(2000))
+    stay = stay if ClockTask.reward_lasts else 0.0
+    expected = stay * last if agent.config.stay_floor else torch.full((7,), -torch.inf)
+    torch.testing.assert_close(agent.high_buffer.rows()["floor"], expected)
 
 
 def test_exploration_noise_has_the_stated_scale_and_is_clipped__C_2():
@@ -553,13 +569,13 @@ DEFAULT = {
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, low_relabel=0.5, privileged_critic=True),
     **dict(high_random_first=0.5, high_random_again=0.02, high_random_stays=0.9),
-    **dict(squash_cost=0.01),
+    **dict(squash_cost=0.01, stay_floor=True),
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", exploration_noise=1.0),
     **dict(high_update_every=10, low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
-    **dict(low_relabel=0.0, privileged_critic=False, squash_cost=0.0),
+    **dict(low_relabel=0.0, privileged_critic=False, squash_cost=0.0, stay_floor=False),
     **dict(high_random_first=0.0, high_random_again=0.0),
 }
 
