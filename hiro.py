@@ -5,6 +5,7 @@ is rewarded for getting there. Both learn with TD3, from replay buffers of their
 whom, step by step, is the loop in train.py.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -102,9 +103,10 @@ class HIROConfig:
     )
     # Differs 7: tanh passes no gradient back from a corner; what Q leaves open is to be near 0
     squash_cost: float = option(0.01, "factor on the squares of an actor's outputs before tanh")
-    # Differs 9: bootstrapping alone takes long to find out that a target is good to be at
-    stay_floor: bool = option(
-        True, "the high level's targets take a state for worth its reward for ever at least"
+    # Differs 9: bootstrapping takes long to find out that it is good to be at the target, and
+    # where an ant lies on its back nothing holds its Q down
+    bound_targets: bool = option(
+        True, "to the high level a state is worth its reward for ever at least, 0 at most"
     )
     # Differs 6: at the paper's pace the high level does not learn what its buffer already says
     high_update_every: int = option(3, "low-level updates per high-level update (C.2)", 1)
@@ -133,7 +135,7 @@ PRESETS = {
         high_random_again=0.0,
         privileged_critic=False,
         squash_cost=0.0,
-        stay_floor=False,
+        bound_targets=False,
     ),
 }
 
@@ -272,9 +274,14 @@ class HIRO:
             low_unit, high_unit = one / task.action_unit, torch.ones_like(reach)
 
         self.low = self._learner(one, low_unit, **low)
-        self.high = self._learner(reach, high_unit, privileged=self.privileged_dim, **high)
+        self.high = self._learner(reach, high_unit, **high, **self._for_the_task(task))
         self.low_noise = (config.exploration_noise * low_unit).to(self.device)
         self.high_noise = (config.exploration_noise * high_unit).to(self.device)
+
+    def _for_the_task(self, task):
+        """What a TD3 that is paid the task's rewards has besides."""
+        known = self.config.bound_targets and task.reward_lasts  # rewards are below 0
+        return dict(privileged=self.privileged_dim, ceiling=0.0 if known else math.inf)
 
     def _learner(self, max_action, unit, kind=TD3, **more):
         """One level's TD3; unit: what its noise is measured in."""
@@ -422,9 +429,9 @@ class HIRO:
     def value_of_staying(self, reward):
         """Differs 9: the least that a state is worth [N]: its reward [N] for ever.
 
-        Where rewards are for events (tasks' reward_lasts) that is 0; without a floor it is -inf.
+        Where rewards are for events (tasks' reward_lasts) that is 0; without bounds it is -inf.
         """
-        if not self.config.stay_floor:
+        if not self.config.bound_targets:
             return torch.full_like(reward, -torch.inf)
         segments = self.reward_lasts / (1 - self.config.discount)
         return self.config.high_reward_scale * self.config.subgoal_steps * segments * reward

@@ -5,6 +5,7 @@ states, actions and rewards are tensors with a leading batch dimension.
 """
 
 import copy
+import math
 
 import torch
 import torch.nn as nn
@@ -99,6 +100,7 @@ class TD3:
     tau                targets move by this fraction at every delayed update
     policy_noise  [A]  std of the target policy smoothing; noise_clip [A] its clip
     policy_delay       actor and targets are updated at every policy_delay-th call
+    ceiling            the most that a state can be worth
     squash_cost        factor on the squares of the actor's outputs before tanh, in its loss: keeps
                        it where tanh has a slope (Andrychowicz et al. 2017, appendix A), and near 0
                        what makes no difference to Q
@@ -125,6 +127,7 @@ class TD3:
         policy_noise=0.2,
         noise_clip=0.5,
         policy_delay=2,
+        ceiling=math.inf,
         squash_cost=0.0,
         actor_lr=1e-4,
         critic_lr=1e-3,
@@ -148,7 +151,7 @@ class TD3:
 
         self.max_action = self.actor.max_action
         self.discount, self.tau, self.policy_delay = discount, tau, policy_delay
-        self.squash_cost = squash_cost
+        self.ceiling, self.squash_cost = ceiling, squash_cost
         self.policy_noise = torch.as_tensor(policy_noise, dtype=torch.float32, device=device)
         self.noise_clip = torch.as_tensor(noise_clip, dtype=torch.float32, device=device)
         self.generator = generator
@@ -159,7 +162,7 @@ class TD3:
         """y = r + gamma (1 - terminated) min(Q1', Q2')(s', pi'(s') + clipped noise).
 
         Only termination stops the bootstrap; a time limit is none.
-        floor  [B]  the least that min(Q1', Q2') can be
+        floor  [B]  the least that the next states can be worth; the most is self.ceiling
         """
         action = self.actor_target(next_state)
         noise = torch.randn(action.shape, generator=self.generator, device=action.device)
@@ -167,7 +170,9 @@ class TD3:
         # clipped to the range, as in TD3; in the authors' code it is not
         action = (action + noise).clamp(-self.max_action, self.max_action)
         q1, q2 = self.critic_target(next_state, action)
-        q = torch.min(q1, q2) if floor is None else torch.min(q1, q2).maximum(floor)
+        q = torch.min(q1, q2).clamp(max=self.ceiling)
+        if floor is not None:
+            q = q.maximum(floor)
         return reward + self.discount * (1 - terminated.float()) * q
 
     def update(self, batch):

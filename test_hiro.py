@@ -168,7 +168,9 @@ def test_updates_equal_a_naive_td3__2_1():
     """Fujimoto et al.'s algorithm 1, row by row; actor and targets at every second update (C.2)."""
     high, std, clip = torch.tensor([[1.0, 2.0], [0.4, 0.1], [0.5, 0.15]])
     more = dict(policy_noise=std, noise_clip=clip)
-    td3 = learner(discount=0.9, tau=0.25, actor_lr=1e-3, critic_lr=2e-3, squash_cost=0.3, **more)
+    td3 = learner(
+        discount=0.9, tau=0.25, actor_lr=1e-3, critic_lr=2e-3, squash_cost=0.3, ceiling=0.4, **more
+    )
     parts = "actor", "critic", "actor_target", "critic_target"
     for seed, part in enumerate(parts):
         stir(getattr(td3, part), 1.0, seed)
@@ -196,7 +198,8 @@ def test_updates_equal_a_naive_td3__2_1():
             state, action, reward, next_state, terminated = (part[i] for part in batch.values())
             smoothing = (std * noise[i]).minimum(clip).maximum(-clip)
             next_action = (mu(actor_target, next_state) + smoothing).minimum(high).maximum(-high)
-            bootstrap = max(min(q(critic_target, next_state, next_action)), floor[i]).item()
+            bootstrap = min(*q(critic_target, next_state, next_action), torch.tensor(0.4))
+            bootstrap = max(bootstrap, floor[i]).item()
             target = float(reward) + (0.0 if terminated else 0.9 * bootstrap)
             for value in q(critic, state, action):
                 error = abs(value - target)  # Huber
@@ -354,8 +357,8 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
         assert math.isclose(row["reward"], 0.1 * sum(rewards), rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{}, {"reward_lasts": False}, {"stay_floor": False}])
-def test_a_state_is_worth_at_least_its_reward_for_ever(changes, learn, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"reward_lasts": False}, {"bound_targets": False}])
+def test_a_state_is_worth_between_its_reward_for_ever_and_0(changes, learn, monkeypatch):
     """Of the stay, 2,000 segments are summed by hand: .9 to that power is nothing."""
     few = dict(subgoal_steps=6, discount=0.9, high_reward_scale=0.5, start_steps=10**6)
     monkeypatch.setattr(ClockTask, "reward_lasts", changes.pop("reward_lasts", True))
@@ -364,8 +367,10 @@ def test_a_state_is_worth_at_least_its_reward_for_ever(changes, learn, monkeypat
     last = torch.tensor([7.0, 13, 19, 21, 7, 13, 14])
     stay = sum(0.9**k * 0.5 * 6 for k in range(2000))
     stay = stay if ClockTask.reward_lasts else 0.0
-    expected = stay * last if agent.config.stay_floor else torch.full((7,), -torch.inf)
+    expected = stay * last if agent.config.bound_targets else torch.full((7,), -torch.inf)
     torch.testing.assert_close(agent.high_buffer.rows()["floor"], expected)
+    known = ClockTask.reward_lasts and agent.config.bound_targets
+    assert agent.high.ceiling == (0 if known else math.inf) and agent.low.ceiling == math.inf
 
 
 def test_exploration_noise_has_the_stated_scale_and_is_clipped__C_2():
@@ -569,13 +574,13 @@ DEFAULT = {
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, low_relabel=0.5, privileged_critic=True),
     **dict(high_random_first=0.5, high_random_again=0.02, high_random_stays=0.9),
-    **dict(squash_cost=0.01, stay_floor=True),
+    **dict(squash_cost=0.01, bound_targets=True),
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", exploration_noise=1.0),
     **dict(high_update_every=10, low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
-    **dict(low_relabel=0.0, privileged_critic=False, squash_cost=0.0, stay_floor=False),
+    **dict(low_relabel=0.0, privileged_critic=False, squash_cost=0.0, bound_targets=False),
     **dict(high_random_first=0.0, high_random_again=0.0),
 }
 

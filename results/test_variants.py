@@ -48,6 +48,8 @@ def test_without_hierarchy_one_td3_is_paid_for_the_task(learn):
     assert agent.low.discount == config.discount
     places, target = rows["next_state"][:, :2], torch.tensor([0.0, 19.0])
     torch.testing.assert_close(rows["reward"], -5 * (places - target).norm(dim=1))
+    torch.testing.assert_close(rows["floor"], rows["reward"] / (1 - config.discount))
+    assert agent.low.ceiling == 0
     assert torch.equal(rows["state"][1:], rows["next_state"][:-1])
     obs = rows["state"][:, :7]
     acts = agent.policy.act(obs)
@@ -169,7 +171,8 @@ def test_the_representation_is_the_high_level_s_and_its_critic_s_loss_teaches_it
         test_hiro.stir(critic, 0.3, seed)
     before = agent.high.sight_target.phi[2].bias.clone()
     view, weight = agent.high.sight_target(batch["next_state"]), sight.phi[2].bias
-    y = agent.high.target_q(batch["reward"], view, batch["terminated"])
+    batch["floor"] = -0.1 + 0.1 * torch.rand(8)  # of some rows' targets it decides
+    y = agent.high.target_q(batch["reward"], view, batch["terminated"], batch["floor"])
 
     def loss():
         q = torch.stack(agent.high.critic(sight(batch["state"]), batch["action"]))

@@ -84,15 +84,15 @@ class NoHierarchy(HIRO):
         only_in_range_units(self.config)
         super()._make_learners(task)
         scale, one = torch.tensor(task.observation_scale).float(), torch.ones(task.action_dim)
-        own = dict(privileged=self.privileged_dim, state_scale=scale, action_scale=one)
-        self.low = self._learner(one, one, **own)
+        scales = dict(state_scale=scale, action_scale=one)
+        self.low = self._learner(one, one, **scales, **self._for_the_task(task))
         self.low.squash_cost /= self.config.subgoal_steps  # one action moves Q by that much less
 
     def _make_buffers(self, task, num_envs):
         super()._make_buffers(task, num_envs)
         seen = len(task.observation_scale) + self.privileged_dim
         fields = {"state": (seen,), "action": (task.action_dim,), "next_state": (seen,)}
-        fields |= {"reward": (), "terminated": ()}
+        fields |= {"reward": (), "terminated": (), "floor": ()}
         kwargs = dict(generator=self.generator, device=self.device)
         self.low_buffer = ReplayBuffer(self.config.buffer_size, fields, **kwargs)
 
@@ -102,9 +102,10 @@ class NoHierarchy(HIRO):
     def remember_segment(
         self, clock, obs, subgoal, action, reward, next_obs, terminated, done, ended
     ):
+        floor = self.value_of_staying(reward)
         reward = self.config.subgoal_steps * self.config.high_reward_scale * reward
         row = dict(state=obs, action=action, reward=reward, next_state=next_obs)
-        self.low_buffer.add(**row, terminated=terminated)
+        self.low_buffer.add(**row, terminated=terminated, floor=floor)
 
     def update_low(self):
         return self.low.update(self.low_buffer.sample(self.config.batch_size))
@@ -249,7 +250,8 @@ class SeeingTD3(TD3):
 
     def update(self, batch):
         view, next_view = self.sight(batch["state"]), self.sight_target(batch["next_state"])
-        target = self.target_q(batch["reward"], next_view, batch["terminated"])
+        after = next_view, batch["terminated"], batch["floor"]
+        target = self.target_q(batch["reward"], *after)
         loss = sum(F.huber_loss(q, target) for q in self.critic(view, batch["action"]))
         self.sight_optimizer.zero_grad()
         loss.backward()
@@ -286,7 +288,7 @@ class Representation(HIRO):
         one, scale = self.max_subgoal.cpu(), torch.tensor(task.observation_scale).float()
         sight = Sight(scale[: task.state_dim], len(one), self.config.hidden).to(self.device)
         scales = dict(state_scale=torch.cat([one, scale[task.state_dim :]]), action_scale=one)
-        own = dict(privileged=self.privileged_dim, sight=sight)
+        own = dict(sight=sight, **self._for_the_task(task))
         self.high = self._learner(one, one, SeeingTD3, **scales, **own)
 
     def swap_subgoals(self, batch):
