@@ -14,7 +14,8 @@ What HIRO must know of a task stands in its class attributes:
                        out and the high level's critic sees in training
     action_unit        what action 1.0 means: torque (ant) or m/s (point)
     high_reward_scale  factor that brings the high level's Q, the discounted return, to order one
-    reward_lasts       whether a reward would go on at every step if nothing moved, as a distance
+    reward_lasts       whether a reward is 0 at most and would go on at every step if nothing moved,
+                       as a distance
     score              what makes one policy better than another: success_rate or return
     total_steps        environment steps of one training run
     high_uniform_steps environment steps at its start with uniformly random subgoals, until the

@@ -274,13 +274,13 @@ class HIRO:
             low_unit, high_unit = one / task.action_unit, torch.ones_like(reach)
 
         self.low = self._learner(one, low_unit, **low)
-        self.high = self._learner(reach, high_unit, **high, **self._for_the_task(task))
+        self.high = self._learner(reach, high_unit, **high, **self._for_the_task())
         self.low_noise = (config.exploration_noise * low_unit).to(self.device)
         self.high_noise = (config.exploration_noise * high_unit).to(self.device)
 
-    def _for_the_task(self, task):
+    def _for_the_task(self):
         """What a TD3 that is paid the task's rewards has besides."""
-        known = self.config.bound_targets and task.reward_lasts  # rewards are below 0
+        known = self.config.bound_targets and self.reward_lasts  # rewards are 0 at most
         return dict(privileged=self.privileged_dim, ceiling=0.0 if known else math.inf)
 
     def _learner(self, max_action, unit, kind=TD3, **more):
@@ -423,7 +423,7 @@ class HIRO:
                 reward=self.config.high_reward_scale * segment["reward"][ended],
                 next_state=next_obs[ended],
                 terminated=terminated[ended],
-                floor=self.value_of_staying(reward)[ended],
+                floor=self.value_of_staying(reward[ended]),
             )
 
     def value_of_staying(self, reward):

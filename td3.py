@@ -183,8 +183,8 @@ class TD3:
                  for a reward, flag or floor that would broadcast
         returns  metrics: scalar tensors, still on the device; of the actor when it was updated
         """
-        for name in {"reward", "terminated", "floor"} & batch.keys():
-            if batch[name].dim() != 1:
+        for name in ("reward", "terminated", "floor"):
+            if name in batch and batch[name].dim() != 1:
                 raise ValueError(f"{name} has shape {list(batch[name].shape)}, it must be [B]")
         self.updates += 1
         after = batch["next_state"], batch["terminated"], batch.get("floor")

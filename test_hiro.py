@@ -167,10 +167,8 @@ def td3_batch(seed=0):
 def test_updates_equal_a_naive_td3__2_1():
     """Fujimoto et al.'s algorithm 1, row by row; actor and targets at every second update (C.2)."""
     high, std, clip = torch.tensor([[1.0, 2.0], [0.4, 0.1], [0.5, 0.15]])
-    more = dict(policy_noise=std, noise_clip=clip)
-    td3 = learner(
-        discount=0.9, tau=0.25, actor_lr=1e-3, critic_lr=2e-3, squash_cost=0.3, ceiling=0.4, **more
-    )
+    more = dict(policy_noise=std, noise_clip=clip, ceiling=0.4)
+    td3 = learner(discount=0.9, tau=0.25, actor_lr=1e-3, critic_lr=2e-3, squash_cost=0.3, **more)
     parts = "actor", "critic", "actor_target", "critic_target"
     for seed, part in enumerate(parts):
         stir(getattr(td3, part), 1.0, seed)
@@ -357,20 +355,22 @@ def test_both_buffers_hold_exactly_the_expected_tuples__3_1(num_envs, c, learn):
         assert math.isclose(row["reward"], 0.1 * sum(rewards), rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{}, {"reward_lasts": False}, {"bound_targets": False}])
-def test_a_state_is_worth_between_its_reward_for_ever_and_0(changes, learn, monkeypatch):
+@pytest.mark.parametrize("lasts, bounded", [(True, True), (False, True), (True, False)])
+def test_a_state_is_worth_between_its_reward_for_ever_and_0(lasts, bounded, learn, monkeypatch):
     """Of the stay, 2,000 segments are summed by hand: .9 to that power is nothing."""
     few = dict(subgoal_steps=6, discount=0.9, high_reward_scale=0.5, start_steps=10**6)
-    monkeypatch.setattr(ClockTask, "reward_lasts", changes.pop("reward_lasts", True))
-    agent = HIRO(ClockTask, small(**few, **changes))
+    monkeypatch.setattr(ClockTask, "reward_lasts", lasts)
+    agent = HIRO(ClockTask, small(**few, bound_targets=bounded))
     learn(agent, 20 + 13, ClockTask)  # cut off, terminated; step t's reward is 1 + t
     last = torch.tensor([7.0, 13, 19, 21, 7, 13, 14])
     stay = sum(0.9**k * 0.5 * 6 for k in range(2000))
-    stay = stay if ClockTask.reward_lasts else 0.0
-    expected = stay * last if agent.config.bound_targets else torch.full((7,), -torch.inf)
+    stay = stay if lasts else 0.0
+    expected = stay * last if bounded else torch.full((7,), -torch.inf)
     torch.testing.assert_close(agent.high_buffer.rows()["floor"], expected)
-    known = ClockTask.reward_lasts and agent.config.bound_targets
-    assert agent.high.ceiling == (0 if known else math.inf) and agent.low.ceiling == math.inf
+    assert (
+        agent.high.ceiling == (0 if lasts and bounded else math.inf)
+        and agent.low.ceiling == math.inf
+    )
 
 
 def test_exploration_noise_has_the_stated_scale_and_is_clipped__C_2():

@@ -85,7 +85,7 @@ class NoHierarchy(HIRO):
         super()._make_learners(task)
         scale, one = torch.tensor(task.observation_scale).float(), torch.ones(task.action_dim)
         scales = dict(state_scale=scale, action_scale=one)
-        self.low = self._learner(one, one, **scales, **self._for_the_task(task))
+        self.low = self._learner(one, one, **scales, **self._for_the_task())
         self.low.squash_cost /= self.config.subgoal_steps  # one action moves Q by that much less
 
     def _make_buffers(self, task, num_envs):
@@ -288,7 +288,7 @@ class Representation(HIRO):
         one, scale = self.max_subgoal.cpu(), torch.tensor(task.observation_scale).float()
         sight = Sight(scale[: task.state_dim], len(one), self.config.hidden).to(self.device)
         scales = dict(state_scale=torch.cat([one, scale[task.state_dim :]]), action_scale=one)
-        own = dict(sight=sight, **self._for_the_task(task))
+        own = dict(sight=sight, **self._for_the_task())
         self.high = self._learner(one, one, SeeingTD3, **scales, **own)
 
     def swap_subgoals(self, batch):
