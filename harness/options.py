@@ -91,6 +91,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def paths(argv, doc, nargs="+"):
+    """The only arguments of a script in results/; with --help, print its docstring and exit."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", nargs=nargs)
+    return parser.parse_args(argv).path
+
+
 def build_parser():
     parser = Parser(
         prog="train.py",

@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from harness.options import UserError, one_line_errors
+from harness.options import UserError, one_line_errors, paths
 
 HERE = pathlib.Path(__file__).resolve().parent
 PAPER = {"AntMaze": 0.99, "AntPush": 0.92, "AntFall": 0.66, "AntGather": 3.02}  # Table 1
@@ -125,8 +125,8 @@ def solved(success_rate):
     return bool((good[:-2] & good[1:-1] & good[2:]).any())
 
 
-def main(folders):
-    if folders:
+def main(argv):
+    if folders := paths(argv, __doc__, nargs="*"):
         figures = {pathlib.Path(folders[0]) / "curves.svg": folders}
     else:
         figures = {HERE / "curves.svg": [HERE / task for task in TASKS]}

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from envs import WALL, AntMaze
-from harness.options import UserError, one_line_errors
+from harness.options import UserError, one_line_errors, paths
 from harness.runs import load_policy, make_envs
 from hiro import Policy
 from train import evaluate
@@ -77,11 +77,9 @@ def walk(policy, envs, distance):
     return gait(np.array(states), direction)
 
 
-def main(paths):
-    if not paths:
-        raise UserError("name one policy.pt or more")
+def main(argv):
     torch.set_num_threads(1)
-    for path in paths:
+    for path in paths(argv, __doc__):
         saved = load_policy(path)
         policy, step = Policy.from_state_dict(saved["latest"]["policy"]), saved["latest"]["step"]
         if policy.state_dim != AntMaze.state_dim:

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from envs import AntGather
-from harness.options import UserError, find_task, one_line_errors
+from harness.options import UserError, find_task, one_line_errors, paths
 from harness.runs import load_policy, make_envs
 from hiro import Policy
 from train import evaluate
@@ -92,11 +92,9 @@ def ways(path):
     return {name: np.mean([row[name] for row in rows]) for name in rows[0]}, latest["step"]
 
 
-def main(paths):
-    if not paths:
-        raise UserError("name one policy.pt or more")
+def main(argv):
     torch.set_num_threads(1)
-    for k, path in enumerate(paths):
+    for k, path in enumerate(paths(argv, __doc__)):
         shares, step = ways(path)
         if k == 0:
             print("| step | " + " | ".join(shares) + " |\n" + "|---" * (1 + len(shares)) + "|")
