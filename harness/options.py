@@ -91,10 +91,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def paths(argv, doc, nargs="+"):
+def paths(argv, doc, what, nargs="+"):
     """The only arguments of a script in results/; with --help, print its docstring and exit."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", nargs=nargs)
+    parser.add_argument("path", metavar=what, nargs=nargs)
     return parser.parse_args(argv).path
 
 

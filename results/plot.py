@@ -126,7 +126,7 @@ def solved(success_rate):
 
 
 def main(argv):
-    if folders := paths(argv, __doc__, nargs="*"):
+    if folders := paths(argv, __doc__, "RUN", nargs="*"):
         figures = {pathlib.Path(folders[0]) / "curves.svg": folders}
     else:
         figures = {HERE / "curves.svg": [HERE / task for task in TASKS]}

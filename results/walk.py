@@ -79,7 +79,7 @@ def walk(policy, envs, distance):
 
 def main(argv):
     torch.set_num_threads(1)
-    for path in paths(argv, __doc__):
+    for path in paths(argv, __doc__, "POLICY"):
         saved = load_policy(path)
         policy, step = Policy.from_state_dict(saved["latest"]["policy"]), saved["latest"]["step"]
         if policy.state_dim != AntMaze.state_dim:

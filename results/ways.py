@@ -94,7 +94,7 @@ def ways(path):
 
 def main(argv):
     torch.set_num_threads(1)
-    for k, path in enumerate(paths(argv, __doc__)):
+    for k, path in enumerate(paths(argv, __doc__, "POLICY")):
         shares, step = ways(path)
         if k == 0:
             print("| step | " + " | ".join(shares) + " |\n" + "|---" * (1 + len(shares)) + "|")
