@@ -854,6 +854,19 @@ def test_curves_are_drawn_from_csv_files_even_torn_ones(whole_run, tmp_path):
     assert "<!-- cosine: 0 of 1 solved -->" in (tmp_path / "curves.svg").read_text()
 
 
+def test_a_median_ends_where_most_seeds_have_ended():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    from results import plot
+
+    axis = figure.add_subplot()
+    ends = {2: [0.3, 0.9], 3: [0.1, 1.0, 0.8], 4: [0.2, 0.4, 1.0, 0.0]}
+    runs = [{"step": np.arange(1, n + 1), "return": np.array(row)} for n, row in ends.items()]
+    plot.draw_seeds(axis, runs, "return", "C0", "default")
+    *seeds, median = axis.lines
+    assert [len(line.get_ydata()) for line in seeds] == list(ends)
+    np.testing.assert_allclose(median.get_ydata(), [0.2, 0.9, 0.9])
+
+
 def test_paths_are_drawn_of_the_episodes_that_were_counted(whole_run, tmp_path, monkeypatch):
     """Two rounds of two copies, of which three episodes count; the first copy's end early."""
     pytest.importorskip("matplotlib")

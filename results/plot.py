@@ -108,8 +108,10 @@ def draw_seeds(axis, runs, name, colour, label):
 
     for run in runs:
         draw(run["step"], run[name], lw=0.9, alpha=0.6)
-    # the median at a step is over the seeds that got that far
-    steps = np.unique(np.concatenate([run["step"] for run in runs]))
+    # the median at a step is over the seeds that got that far, which must be most: a run may be
+    # stopped once it is solved, and those that are left are not like the others
+    steps, seeds = np.unique(np.concatenate([run["step"] for run in runs]), return_counts=True)
+    steps = steps[seeds > len(runs) / 2]
     median = [
         np.median([r[name][r["step"] == s][0] for r in runs if s in r["step"]]) for s in steps
     ]
