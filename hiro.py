@@ -57,7 +57,7 @@ class HIROConfig:
     and radians (m/s for the point) where units is "raw".
     """
 
-    units: str = option("range", "what networks see and noise is measured in: range or raw")
+    units: str = option("range", "of inputs and noise: range (fractions of it) or raw (m, rad)")
     subgoal_steps: int = option(10, "c: steps between two subgoals (3.1)", 1)
     discount: float = option(
         0.99, "gamma: low level per step, high level per c steps (C.2)", most=0.9999
@@ -89,7 +89,7 @@ class HIROConfig:
         None, "steps with random subgoals, before the high level learns (default: the task's)"
     )
     high_random_first: float = option(
-        0.5, "after that: chance that an episode begins with a random subgoal", most=1
+        0.5, "later: chance that an episode begins with a random subgoal", most=1
     )
     high_random_again: float = option(
         0.02, "chance of a random subgoal after one of the high level's own", most=1
@@ -106,7 +106,7 @@ class HIROConfig:
     # Differs 9: bootstrapping takes long to find out that it is good to be at the target, and
     # where an ant lies on its back nothing holds its Q down
     bound_targets: bool = option(
-        True, "to the high level a state is worth its reward for ever at least, 0 at most"
+        True, "to the high level no state is worth less than staying in it, or over 0 (distances)"
     )
     # Differs 6: at the paper's pace the high level does not learn what its buffer already says
     high_update_every: int = option(3, "low-level updates per high-level update (C.2)", 1)
@@ -172,7 +172,7 @@ class Policy:
 
     def reset(self, done=None):
         """Forget the subgoal, of all environments or of those that are done [N]."""
-        if done is None:
+        if done is None or self.clock is None:
             self.clock = self.subgoal = self.obs = None
         else:
             done = torch.as_tensor(done, device=self.clock.device)
@@ -429,7 +429,7 @@ class HIRO:
     def value_of_staying(self, reward):
         """Differs 9: the least that a state is worth [N]: its reward [N] for ever.
 
-        Where rewards are for events (tasks' reward_lasts) that is 0; without bounds it is -inf.
+        Where rewards are for events (not reward_lasts) that is 0; without bounds it is -inf.
         """
         if not self.config.bound_targets:
             return torch.full_like(reward, -torch.inf)

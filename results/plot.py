@@ -115,7 +115,7 @@ def draw_seeds(axis, runs, name, colour, label):
     median = [
         np.median([r[name][r["step"] == s][0] for r in runs if s in r["step"]]) for s in steps
     ]
-    fares = f"{len(runs)} seeds"
+    fares = f"{len(runs)} seed" + "s" * (len(runs) > 1)
     if name == "success_rate":
         fares = f"{sum(solved(run[name]) for run in runs)} of {len(runs)} solved"
     draw(steps, median, lw=2.4, label=f"{label}: {fares}")

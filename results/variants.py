@@ -5,22 +5,27 @@ python results/variants.py NAME [flags of train.py]
 no-correction    the high level learns from subgoals as they were set
 own-subgoals     every low-level sample keeps its subgoal (HIRO as published; ours: half do)
 random-subgoals  every low-level sample is given another one's subgoal
-pre-training     the low level learns alone, on Gaussian subgoals, until --high-uniform-steps (the
-                 paper: 2e6), and then no more
-no-hierarchy     one TD3 on the task
+pre-training     the low level learns alone, on Gaussian subgoals, until --high-uniform-steps, and
+                 then no more; set that, as its default is for one that goes on learning (the
+                 paper: 2e6, a fifth of all steps)
+no-hierarchy     one TD3 on the task, which weighs the future as HIRO's high level does: its
+                 discount is .99^(1/c) per step. (By .99 per step, Push's trap is worth more than
+                 its target to whoever walks less than 2.5 m/s.)
 
 FeUdal Networks' parts (Vezhnevets et al. 2017) in HIRO's frame:
 
 representation   subgoals are changes of phi(s), d numbers that the high level's critic learns
-cosine           directions: r = cos(s' - s, g), and h leaves g as it is
-transition       the transition policy gradient in place of the correction
+cosine           directions: r = cos(s' - s, g) at every step (FuN's is of the changes since each of
+                 the last c steps, on average), and h leaves g as it is
+transition       the transition policy gradient in place of the correction: the subgoal becomes
+                 a draw around what happened (the columns relabelled and chosen_1 are 1)
 feudal           all three
 
-Reward scales are HIRO's in all of them, but no-hierarchy's is c times the high level's, so that its
-Q, which sums steps and not segments, is of order one too. Where subgoals are not changes of the
-state (no-hierarchy, representation, cosine, feudal) the column subgoal_progress and arrows in
-pictures mean nothing, and for no-hierarchy neither do intrinsic_return and the flags of subgoals
-and of the high level's pace.
+Reward scales are HIRO's in all of them, no-hierarchy's the high level's. Where subgoals are not
+changes of the state (no-hierarchy, representation, cosine, feudal) the column subgoal_progress and
+arrows in pictures mean nothing, and for no-hierarchy neither does intrinsic_return. It has no use
+for flags of subgoals and of the high level, but for c (--subgoal-steps, in its discount) and
+--high-reward-scale.
 """
 
 import copy
@@ -72,11 +77,7 @@ class FlatPolicy(Policy):
 
 
 class NoHierarchy(HIRO):
-    """HIRO, but its low level is paid the task's reward, sees all, and nobody sets it subgoals.
-
-    The discount, .99, is that of each step here, as usual for TD3, and a reward counts c times, as
-    for the high level, which is paid for c steps at once.
-    """
+    """HIRO, but its low level is paid the task's reward, sees all, and nobody sets it subgoals."""
 
     policy_class = FlatPolicy
 
@@ -86,6 +87,7 @@ class NoHierarchy(HIRO):
         scale, one = torch.tensor(task.observation_scale).float(), torch.ones(task.action_dim)
         scales = dict(state_scale=scale, action_scale=one)
         self.low = self._learner(one, one, **scales, **self._for_the_task())
+        self.low.discount **= 1 / self.config.subgoal_steps
         self.low.squash_cost /= self.config.subgoal_steps  # one action moves Q by that much less
 
     def _make_buffers(self, task, num_envs):
@@ -103,7 +105,7 @@ class NoHierarchy(HIRO):
         self, clock, obs, subgoal, action, reward, next_obs, terminated, done, ended
     ):
         floor = self.value_of_staying(reward)
-        reward = self.config.subgoal_steps * self.config.high_reward_scale * reward
+        reward = self.config.high_reward_scale * reward
         row = dict(state=obs, action=action, reward=reward, next_state=next_obs)
         self.low_buffer.add(**row, terminated=terminated, floor=floor)
 
@@ -115,7 +117,7 @@ class NoHierarchy(HIRO):
 
 
 def only_in_range_units(config):
-    """Raise UserError for --units raw: these networks' inputs have order one."""
+    """Raise UserError for --units raw: these networks' inputs are scaled."""
     if config.units == "raw":
         raise options.UserError("--units raw: this variant has no networks for it; use range")
 
@@ -270,7 +272,7 @@ class Representation(HIRO):
 
     Old steps' rewards and next subgoals follow that view. What a subgoal asks for hangs on the
     place then, so the low level sees x and y; and on what the high level has learned, so that it
-    learns while the low level goes to school, or the school would be for another view.
+    learns from --start-steps on, or the low level would be taught for another view.
     """
 
     policy_class = SeeingPolicy
@@ -281,6 +283,7 @@ class Representation(HIRO):
         super().__init__(type(task.__name__, (task,), changed), config, num_envs, seed, device)
         sight = self.high.sight
         self.policy.high, space.embed = SeeingActor(sight, self.high.actor_target), sight.embed
+        self.bfloat16 = False  # phi(s_{t+c}) - phi(s_t) may be a small part of either
 
     def _make_learners(self, task):
         only_in_range_units(self.config)
