@@ -103,8 +103,8 @@ class HIROConfig:
     )
     # Differs 7: tanh passes no gradient back from a corner; what Q leaves open is to be near 0
     squash_cost: float = option(0.01, "factor on the squares of an actor's outputs before tanh")
-    # Differs 9: bootstrapping takes long to find out that it is good to be at the target, and
-    # where an ant lies on its back nothing holds its Q down
+    # Differs 9: bootstrapping takes long to find out what staying is worth, at the target or in a
+    # chasm, and where an ant lies on its back nothing holds its Q down
     bound_targets: bool = option(
         True, "to the high level no state is worth less than staying in it, or over 0 (distances)"
     )
