@@ -187,7 +187,7 @@ class TD3:
             if name in batch and batch[name].dim() != 1:
                 raise ValueError(f"{name} has shape {list(batch[name].shape)}, it must be [B]")
         if self.updates == 0 and "floor" in batch:
-            self.start_at(batch["floor"].mean())
+            self._start_at(batch["floor"].mean())
         self.updates += 1
         after = batch["next_state"], batch["terminated"], batch.get("floor")
         target = self.target_q(batch["reward"], *after)
@@ -214,7 +214,7 @@ class TD3:
         return metrics
 
     @torch.no_grad()
-    def start_at(self, q):
+    def _start_at(self, q):
         """Move the values of fresh critics from about 0 to about q, if that is finite.
 
         From 0 a value that lasts sinks by 1 - gamma a sweep; from below its floor lifts it at once.
