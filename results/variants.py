@@ -252,14 +252,13 @@ class SeeingTD3(TD3):
 
     def update(self, batch):
         view, next_view = self.sight(batch["state"]), self.sight_target(batch["next_state"])
-        metrics = super().update({**batch, "state": view.detach(), "next_state": next_view})
         after = next_view, batch["terminated"], batch["floor"]
         target = self.target_q(batch["reward"], *after)
         loss = sum(F.huber_loss(q, target) for q in self.critic(view, batch["action"]))
         self.sight_optimizer.zero_grad()
         loss.backward()
         self.sight_optimizer.step()
-        return metrics
+        return super().update({**batch, "state": view.detach(), "next_state": next_view})
 
     @torch.no_grad()
     def _move_targets(self):
