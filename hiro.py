@@ -254,8 +254,8 @@ class HIRO:
         self.policy = self.policy_class(*actors, *numbers)
         self._make_buffers(task, num_envs)
         # where a processor multiplies it several times as fast, correct() reckons in bfloat16
-        amx = torch.cpu.get_capabilities().get("amx_bf16", False)
-        self.bfloat16 = self.device.type == "cpu" and amx
+        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        self.bfloat16 = self.device.type == "cpu" and fast
         self.steps = 0  # environment steps so far, of all N together
 
     def _make_learners(self, task):
