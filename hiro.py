@@ -62,7 +62,8 @@ class HIROConfig:
     discount: float = option(
         0.99, "gamma: low level per step, high level per c steps (C.2)", most=0.9999
     )
-    tau: float = option(0.005, "tau of the target networks, both levels (C.2)", TINY, 1)
+    # Differs 10: a value comes back by one decision per 1 / tau delayed updates
+    tau: float = option(0.02, "tau of the target networks, both levels (C.2)", TINY, 1)
     buffer_size: int = option(200_000, "transitions kept, of each level (C.2)", 1)
     batch_size: int = option(100, "transitions per gradient step, both levels", 1)
     hidden: int = option(300, "units in each of the two hidden layers (C.1)", 1)
@@ -126,6 +127,7 @@ PRESETS = {
         low_reward_scale=1.0,
         high_reward_scale=0.1,
         units="raw",
+        tau=0.005,
         exploration_noise=1.0,
         high_update_every=10,
         start_steps=2_500,

@@ -179,15 +179,13 @@ class TD3:
         """One gradient step on the critics and, every policy_delay calls, on the actor.
 
         batch    state [B, S + U], action [B, A], reward [B], next_state [B, S + U], terminated [B]
-                 (0, 1 or bool) and, if there is one, floor [B] (see target_q), at whose mean the
-                 critics start; raises ValueError for a reward, flag or floor that would broadcast
+                 (0, 1 or bool) and, if there is one, floor [B] (see target_q); raises ValueError
+                 for a reward, flag or floor that would broadcast
         returns  metrics: scalar tensors, still on the device; of the actor when it was updated
         """
         for name in ("reward", "terminated", "floor"):
             if name in batch and batch[name].dim() != 1:
                 raise ValueError(f"{name} has shape {list(batch[name].shape)}, it must be [B]")
-        if self.updates == 0 and "floor" in batch:
-            self._start_at(batch["floor"].mean())
         self.updates += 1
         after = batch["next_state"], batch["terminated"], batch.get("floor")
         target = self.target_q(batch["reward"], *after)
@@ -212,17 +210,6 @@ class TD3:
             saturated = action.detach().abs() > 0.95 * self.max_action
             metrics["saturation"] = saturated.float().mean()
         return metrics
-
-    @torch.no_grad()
-    def _start_at(self, q):
-        """Move the values of fresh critics from about 0 to about q, if that is finite.
-
-        From 0 a value that lasts sinks by 1 - gamma a sweep; from below its floor lifts it at once.
-        """
-        if q.isfinite():
-            for critic in (self.critic, self.critic_target):
-                for net in (critic.net1, critic.net2):
-                    net[-1].bias.add_(q)
 
     @torch.no_grad()
     def _move_targets(self):

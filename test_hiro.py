@@ -164,19 +164,6 @@ def td3_batch(seed=0):
     return {**batch, "terminated": (end[:, 0] > 1).float()}
 
 
-def test_fresh_critics_start_at_the_mean_floor_of_their_first_batch():
-    for floor, start in (([-4.0, -2.0] * 16, -3.0), ([-math.inf] * 32, 0.0), (None, 0.0)):
-        td3, batch = learner(critic_lr=0.0), td3_batch()  # as nothing is learned, it shows
-        critics = td3.critic, td3.critic_target
-        before = [critic(batch["state"], batch["action"]) for critic in critics]
-        for change in (0.0, 1.0):  # the second batch moves nothing
-            more = {} if floor is None else {"floor": torch.tensor(floor) + change}
-            td3.update({**batch, **more})
-            for critic, values in zip(critics, before, strict=True):
-                for q, old in zip(critic(batch["state"], batch["action"]), values, strict=True):
-                    torch.testing.assert_close(q, old + start)
-
-
 def test_updates_equal_a_naive_td3__2_1():
     """Fujimoto et al.'s algorithm 1, row by row; actor and targets at every second update (C.2)."""
     high, std, clip = torch.tensor([[1.0, 2.0], [0.4, 0.1], [0.5, 0.15]])
