@@ -250,7 +250,7 @@ class HIRO:
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self._make_learners(task)
-        # Differs 12: target actors; the online ones change too much from update to update
+        # Differs 13: target actors; the online ones change too much from update to update
         actors = self.low.actor_target, self.high.actor_target
         numbers = self.config.subgoal_steps, task.state_dim, task.low_blind
         self.policy = self.policy_class(*actors, *numbers)

@@ -567,7 +567,7 @@ def test_each_level_gets_its_hyperparameters__C_2():
 
 DEFAULT = {
     **dict(units="range", subgoal_steps=10, batch_size=100, hidden=300, correction=True),
-    **dict(discount=0.99, tau=0.005, buffer_size=200_000, exploration_noise=0.2),
+    **dict(discount=0.99, tau=0.02, buffer_size=200_000, exploration_noise=0.2),
     **dict(policy_noise=0.2, noise_clip=0.5, policy_delay=2),
     **dict(actor_lr=1e-4, critic_lr=1e-3),
     **dict(low_reward_scale=0.1, high_reward_scale=None, high_update_every=3),
@@ -577,7 +577,7 @@ DEFAULT = {
     **dict(squash_cost=0.01, bound_targets=True),
 }
 PAPER = {  # appendix C and the authors' code
-    **dict(DEFAULT, units="raw", exploration_noise=1.0),
+    **dict(DEFAULT, units="raw", tau=0.005, exploration_noise=1.0),
     **dict(high_update_every=10, low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
     **dict(low_relabel=0.0, privileged_critic=False, squash_cost=0.0, bound_targets=False),
