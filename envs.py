@@ -339,7 +339,7 @@ class AntFall(AntMaze):
     """
 
     observation_scale = np.append(ANT_SCALE, np.ones(3)).astype(np.float32)
-    # Differs 12: the block at x = +8, where the maze needs it; the paper's text has -8
+    # Differs 11: the block at x = +8, where the maze needs it; the paper's text has -8
     maze = """
         # # # #
         # R . #
@@ -366,7 +366,7 @@ class AntGather(AntMaze):
     maze = "\nR"
     num_each = 8
     reward_lasts = False
-    # Differs 11: the paper gives neither the readings nor the cost of dying
+    # Differs 10: the paper gives neither the readings nor the cost of dying
     bins, sensor_range = 10, 6.0
 
     def _add_scenery(self, spec):

@@ -62,7 +62,7 @@ class HIROConfig:
     discount: float = option(
         0.99, "gamma: low level per step, high level per c steps (C.2)", most=0.9999
     )
-    # Differs 10: a value comes back by one decision per 1 / tau delayed updates
+    # Differs 9: a value comes back by one decision per 1 / tau delayed updates
     tau: float = option(0.02, "tau of the target networks, both levels (C.2)", TINY, 1)
     buffer_size: int = option(200_000, "transitions kept, of each level (C.2)", 1)
     batch_size: int = option(100, "transitions per gradient step, both levels", 1)
@@ -98,19 +98,18 @@ class HIROConfig:
     high_random_stays: float = option(
         0.9, "chance that a random subgoal is set for one more segment", most=1
     )
-    # Differs 8: where the state leaves out the block, a jammed one has the value of a free one
+    # Differs 7: where the state leaves out the block, a jammed one has the value of a free one
     privileged_critic: bool = option(
         True, "in training the high level's critic sees what the state leaves out: blocks"
     )
-    # Differs 7: tanh passes no gradient back from a corner; what Q leaves open is to be near 0
+    # Differs 6: tanh passes no gradient back from a corner; what Q leaves open is to be near 0
     squash_cost: float = option(0.01, "factor on the squares of an actor's outputs before tanh")
-    # Differs 9: bootstrapping takes long to find out what staying is worth, at the target or in a
+    # Differs 8: bootstrapping takes long to find out what staying is worth, at the target or in a
     # chasm, and where an ant lies on its back nothing holds its Q down
     bound_targets: bool = option(
         True, "to the high level no state is worth less than staying in it, or over 0 (distances)"
     )
-    # Differs 6: at the paper's pace the high level does not learn what its buffer already says
-    high_update_every: int = option(3, "low-level updates per high-level update (C.2)", 1)
+    high_update_every: int = option(10, "low-level updates per high-level update (C.2)", 1)
     correction: bool = option(True, "relabel subgoals, the off-policy correction (3.3)")
     num_candidates: int = option(10, "candidates per relabelled subgoal, 2 fixed + random (C.3)", 2)
 
@@ -129,7 +128,6 @@ PRESETS = {
         units="raw",
         tau=0.005,
         exploration_noise=1.0,
-        high_update_every=10,
         start_steps=2_500,
         low_uniform_steps=0,
         high_uniform_steps=0,
@@ -250,7 +248,7 @@ class HIRO:
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self._make_learners(task)
-        # Differs 13: target actors; the online ones change too much from update to update
+        # Differs 12: target actors; the online ones change too much from update to update
         actors = self.low.actor_target, self.high.actor_target
         numbers = self.config.subgoal_steps, task.state_dim, task.low_blind
         self.policy = self.policy_class(*actors, *numbers)
@@ -429,7 +427,7 @@ class HIRO:
             )
 
     def value_of_staying(self, reward):
-        """Differs 9: the least that a state is worth [N]: its reward [N] for ever.
+        """Differs 8: the least that a state is worth [N]: its reward [N] for ever.
 
         Where rewards are for events (not reward_lasts) that is 0; without bounds it is -inf.
         """

@@ -463,10 +463,10 @@ def test_episodes_begin_with_a_random_subgoal_that_stays_for_a_while(learn):
 def test_gradient_steps_follow_environment_steps__C_2(learn):
     """A low update an environment step, high ones at their pace; none before start_steps."""
     for num_envs, steps, changes, low, high in (
-        (1, 145, {}, 105, 35),
-        (1, 145, dict(high_update_every=10, subgoal_steps=7), 105, 10),
-        (4, 148, {}, 108, 36),
-        (1, 145, dict(high_uniform_steps=90), 105, 19),  # it learns when its subgoals are its own
+        (1, 145, {}, 105, 10),
+        (1, 145, dict(high_update_every=3, subgoal_steps=7), 105, 35),
+        (4, 148, {}, 108, 10),
+        (1, 145, dict(high_uniform_steps=95), 105, 5),  # it learns when its subgoals are its own
     ):
         agent = HIRO(tasks.PointMaze, small(**changes), num_envs)
         learn(agent, steps)
@@ -570,7 +570,7 @@ DEFAULT = {
     **dict(discount=0.99, tau=0.02, buffer_size=200_000, exploration_noise=0.2),
     **dict(policy_noise=0.2, noise_clip=0.5, policy_delay=2),
     **dict(actor_lr=1e-4, critic_lr=1e-3),
-    **dict(low_reward_scale=0.1, high_reward_scale=None, high_update_every=3),
+    **dict(low_reward_scale=0.1, high_reward_scale=None, high_update_every=10),
     **dict(start_steps=10_000, low_uniform_steps=10_000, high_uniform_steps=None),
     **dict(num_candidates=10, low_relabel=0.5, privileged_critic=True),
     **dict(high_random_first=0.5, high_random_again=0.02, high_random_stays=0.9),
@@ -578,7 +578,7 @@ DEFAULT = {
 }
 PAPER = {  # appendix C and the authors' code
     **dict(DEFAULT, units="raw", tau=0.005, exploration_noise=1.0),
-    **dict(high_update_every=10, low_reward_scale=1.0, high_reward_scale=0.1),
+    **dict(low_reward_scale=1.0, high_reward_scale=0.1),
     **dict(start_steps=2_500, low_uniform_steps=0, high_uniform_steps=0),
     **dict(low_relabel=0.0, privileged_critic=False, squash_cost=0.0, bound_targets=False),
     **dict(high_random_first=0.0, high_random_again=0.0),

@@ -21,7 +21,7 @@ learn = test_hiro.learn  # the fixture
 def test_pre_training_is_on_gaussian_subgoals_and_then_over(learn):
     agent = variants.PreTraining(tasks.PointPush, CONFIG)
     learn(agent, 140, tasks.PointPush)
-    assert (agent.low.updates, agent.high.updates) == (60, 13)  # 41 to 100; every third to 139
+    assert (agent.low.updates, agent.high.updates) == (60, 4)  # 41 to 100; every tenth to 140
     for agent.steps, gaussian in ((100, True), (101, False)):
         subgoal = agent.high_action(torch.zeros(20_000, 7), torch.ones(20_000).bool())
         within = (subgoal.abs() < 2.5).float().mean()  # one standard deviation
@@ -140,7 +140,7 @@ def test_the_representation_is_the_high_level_s_and_its_critic_s_loss_teaches_it
     agent = kind(tasks.PointPush, config)
     learn(agent, 160, tasks.PointPush)
     sight, batch = agent.high.sight, agent.high_buffer.sample(8)
-    assert agent.max_subgoal.tolist() == [1, 1] and agent.high.updates == 40  # in school, too
+    assert agent.max_subgoal.tolist() == [1, 1] and agent.high.updates == 12  # in school, too
     seen = sight(batch["state"])  # phi(s), target, block
     assert seen.shape == (8, 2 + 2 + 2) and torch.equal(seen[:, 2:], batch["state"][:, 5:])
 
