@@ -447,7 +447,7 @@ class HIRO:
     def high_learns(self):
         """Differs 3: not while all subgoals are random.
 
-        Learning from a low level that follows none saturated its actor (before item 7).
+        Learning from a low level that follows none saturated its actor (before item 6).
         """
         return self.steps > self.config.high_uniform_steps
 
