@@ -436,7 +436,7 @@ class PointMaze(AntMaze):
     max_subgoal = np.array([5, 5], np.float32)
     observation_scale = np.array([1, 1, 0.2, 0.2, 1, 1, 1], np.float32)
     action_unit = 4.0
-    total_steps = 100_000
+    total_steps = 150_000
     high_uniform_steps = 20_000
     max_steps = 300
     radius, force = 0.4, 80.0  # m; N at the most, what full speed asks for from rest
@@ -469,7 +469,6 @@ class PointPush(PointMaze):
     """
 
     action_unit = 2.0
-    total_steps = 150_000
     privileged_dim = AntPush.privileged_dim
     radius, force = 0.7, 6.0
     maze = AntPush.maze

@@ -751,7 +751,7 @@ ANT |= dict(max_steps=500, total_steps=10**7, high_uniform_steps=300_000, score=
 ANT |= dict(high_reward_scale=3e-4, reward_lasts=True)
 ANT |= dict(observation_scale=STATE + [1, 1])
 POINT = dict(state_dim=5, action_dim=2, low_blind=2, max_subgoal=[5, 5], action_unit=4)
-POINT |= dict(max_steps=300, total_steps=10**5, high_uniform_steps=20_000, score="success_rate")
+POINT |= dict(max_steps=300, total_steps=150_000, high_uniform_steps=20_000, score="success_rate")
 POINT |= dict(high_reward_scale=3e-4, reward_lasts=True)
 POINT |= dict(observation_scale=[1, 1, 0.2, 0.2, 1, 1, 1])
 ATTRIBUTES = {
@@ -762,7 +762,7 @@ ATTRIBUTES = {
     | dict(observation_scale=STATE + 20 * [1], score="return")
     | dict(high_reward_scale=0.3, reward_lasts=False),
     "PointMaze": POINT,
-    "PointPush": dict(POINT, action_unit=2, total_steps=150_000),
+    "PointPush": dict(POINT, action_unit=2),
 }
 
 
